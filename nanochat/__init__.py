@@ -1,0 +1,1 @@
+"""nanochat: train your own ChatGPT, end to end, and understand every line of it."""
