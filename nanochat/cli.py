@@ -11,7 +11,7 @@ from nanochat.errors import Stopped, UserError
 
 
 def parse(config_class: type, argv: list[str] | None = None, description: str | None = None) -> Any:
-    """Return a `config_class` filled from `argv` (default: the process's arguments). Unknown flags exit with status 2."""
+    """Return a `config_class` filled from `argv` (default: this process's). Unknown flags exit with status 2."""
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,58 @@
+"""What devices can do on paper: peak matmul FLOP/s and memory bytes/s by name, from data sheets (dense)."""
+
+import platform
+
+import torch
+
+# (part of the device's name in lower case, bf16 dense FLOP/s, memory bytes/s); the first row that matches wins, so the
+# more particular name stands first. Sources: the vendors' data sheets; fp8 is twice bf16 where there is fp8.
+PEAKS = [
+    ("gb200", 2.5e15, 8.0e12),  # NVIDIA GB200 data sheet
+    ("b200", 2.25e15, 8.0e12),  # NVIDIA DGX B200 data sheet
+    ("b100", 1.8e15, 8.0e12),
+    ("h200 nvl", 836e12, 4.8e12),  # NVIDIA H200 data sheet
+    ("h200", 989e12, 4.8e12),
+    ("h100 nvl", 835e12, 3.9e12),  # NVIDIA H100 data sheet
+    ("h100 pcie", 756e12, 2.0e12),
+    ("h100", 989e12, 3.35e12),
+    ("h800 nvl", 989e12, 3.35e12),
+    ("h800", 756e12, 2.0e12),
+    ("a100", 312e12, 2.0e12),  # NVIDIA A100 data sheet (80 GB)
+    ("a800", 312e12, 2.0e12),
+    ("a40", 149.7e12, 0.696e12),
+    ("a30", 165e12, 0.933e12),
+    ("l40s", 362e12, 0.864e12),
+    ("l4", 121e12, 0.3e12),
+    ("mi355", 2.5e15, 8.0e12),  # AMD Instinct data sheets
+    ("mi325", 1.3074e15, 6.0e12),
+    ("mi300a", 980.6e12, 5.3e12),
+    ("mi300", 1.3074e15, 5.3e12),
+    ("mi250x", 383e12, 3.28e12),
+    ("mi250", 362.1e12, 3.28e12),
+    ("5090", 209.5e12, 1.79e12),  # NVIDIA RTX white papers (fp32 accumulation)
+    ("4090", 165.2e12, 1.01e12),
+    ("3090", 71e12, 0.936e12),
+]
+
+
+def _row(name: str) -> tuple[str, float, float] | None:
+    return next((row for row in PEAKS if row[0] in name.lower()), None)
+
+
+def peak_flops(name: str, fp8: bool = False) -> float | None:
+    """Dense bf16 (or fp8) FLOP/s of a device by its name; None when the table does not know it."""
+    row = _row(name)
+    return None if row is None else row[1] * (2 if fp8 else 1)
+
+
+def peak_bandwidth(name: str) -> float | None:
+    """Memory bytes/s of a device by its name; None when the table does not know it."""
+    row = _row(name)
+    return None if row is None else row[2]
+
+
+def device_name(device: torch.device) -> str:
+    """The device's marketing name, e.g. "NVIDIA H100 80GB HBM3"; the processor's name for CPU and MPS."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

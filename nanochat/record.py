@@ -1,0 +1,132 @@
+"""A run's record: one JSON line an event in `record.jsonl`, a console line for people, and Weights & Biases if asked.
+
+The file is the truth that reports, recipes and resumes read; the console is for watching. Only rank 0 writes. A row:
+`{"kind": "start"|"step"|"eval"|..., "time": unix seconds, "step": ..., ...}`. Values that JSON can't hold (NaN,
+infinities) become null. After a resume at step s, rows of later steps from the earlier life are superseded: `read`
+drops them.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nanochat.errors import UserError
+
+
+def plain(value: Any) -> Any:
+    """`value` as strict JSON: dataclasses become dicts, paths strings, numbers that JSON can't hold become None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # NumPy and torch scalars
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Record:
+    """The record of one stage of one run. `run="dummy"` keeps it local; any other name also goes to wandb."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        stage: str,
+        config: Any,
+        run: str = "dummy",
+        main: bool = True,
+        resume_step: int | None = None,
+    ):
+        self.main = main
+        self.wandb = None
+        self.path = Path(path)
+        if not main:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.file = open(self.path, "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"The record {self.path} can't be written ({error.strerror}).") from error
+        if run != "dummy":
+            self.wandb = self._wandb(run, stage, plain(config))
+        self.event("start", stage=stage, run=run, config=config, argv=sys.argv[1:], resume_step=resume_step)
+
+    @staticmethod
+    def _wandb(run: str, stage: str, config: dict) -> Any:
+        import wandb
+
+        signed_in = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
+        mode = os.environ.get("WANDB_MODE") or ("online" if signed_in else "offline")
+        return wandb.init(project="nanochat", name=run, group=stage, config=config, mode=mode)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append one row and flush it."""
+        if self.main:
+            row = {"kind": kind, "time": round(time.time(), 3), **plain(values)}
+            self.file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+            self.file.flush()
+
+    def step(self, step: int, console: str = "", **values: Any) -> None:
+        """Append a training step; `console` is the line for people."""
+        self.event("step", step=step, **values)
+        if self.main and self.wandb is not None:
+            self.wandb.log(plain(values), step=step)
+        if console:
+            self.say(console)
+
+    def eval(self, step: int, console: str = "", **values: Any) -> None:
+        """Append an evaluation at `step`."""
+        self.event("eval", step=step, **values)
+        if self.main and self.wandb is not None:
+            numbers = {k: v for k, v in plain(values).items() if isinstance(v, int | float)}
+            self.wandb.log(numbers, step=step)
+        if console:
+            self.say(console)
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.main:
+            print(text, flush=True)
+
+    def close(self, **summary: Any) -> None:
+        """Append the summary row and let the files go."""
+        if not self.main:
+            return
+        self.event("summary", **summary)
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read(path: Path | str) -> list[dict]:
+    """The rows of a record in order, without those that a later resume superseded. A torn last line is left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"No record at {path}: run the stage first.") from error
+    rows: list[dict] = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the process died while writing this line
+            continue
+        resumed = row.get("resume_step") if row.get("kind") == "start" else None
+        if resumed is not None:
+            rows = [
+                old
+                for old in rows
+                if old.get("step") is None or old["step"] < resumed or old["kind"] == "eval" and old["step"] == resumed
+            ]
+        rows.append(row)
+    return rows

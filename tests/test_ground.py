@@ -1,0 +1,149 @@
+"""The ground layer: paths, runtime, hardware, record, command line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanochat import cli, hardware, paths, record, runtime
+from nanochat.errors import Stopped, UserError, refuse
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "a.json"
+    paths.write_json(path, {"x": 1})
+    with pytest.raises(RuntimeError), paths.atomic_write(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert paths.read_json(path) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_is_strict(tmp_path):
+    with pytest.raises(ValueError):
+        paths.write_json(tmp_path / "a.json", {"x": float("inf")})
+    (tmp_path / "b.json").write_text('{"x":')
+    with pytest.raises(UserError, match=r"b\.json is not valid JSON"):
+        paths.read_json(tmp_path / "b.json")
+
+
+def test_base_dir_is_honoured(base_dir):
+    assert paths.base_dir() == base_dir
+
+
+def test_unknown_dtype_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float8")
+    with pytest.raises(UserError, match="NANOCHAT_DTYPE=float8 is unknown"):
+        runtime.pick_dtype(torch.device("cpu"))
+
+
+def test_unknown_or_absent_device_is_one_sentence():
+    with pytest.raises(UserError, match="unknown"):
+        runtime.pick_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="sees no such device"):
+            runtime.pick_device("cuda")
+
+
+def test_unknown_device_has_no_peak():
+    assert hardware.peak_flops("Frob 9000") is None
+    assert hardware.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert hardware.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert hardware.peak_bandwidth("NVIDIA H200") == 4.8e12
+
+
+def test_record_rows_survive_a_resume_and_a_torn_line(tmp_path):
+    path = tmp_path / "record.jsonl"
+    first = record.Record(path, stage="base", config={})
+    for step in range(4):
+        first.step(step, loss=float(step))
+    first.file.write('{"kind": "st')  # killed here
+    first.file.write("\n")
+    first.file.close()
+    second = record.Record(path, stage="base", config={}, resume_step=2)
+    second.step(2, loss=20.0)
+    second.close(best=float("nan"))
+    rows = record.read(path)
+    assert [(r["step"], r["loss"]) for r in rows if r["kind"] == "step"] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+    assert rows[-1]["kind"] == "summary" and rows[-1]["best"] is None
+    json.loads(path.read_text().splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_wandb_works_offline_without_an_account_pitfall_46(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = record.Record(tmp_path / "record.jsonl", stage="base", config={}, run="try")
+    run.step(0, loss=1.0)
+    run.close()
+    assert (tmp_path / "wandb").is_dir()
+
+
+def test_wandb_is_not_imported_for_a_dummy_run_pitfall_46(tmp_path):
+    code = (
+        "import sys; from nanochat.record import Record; "
+        f"Record({str(tmp_path / 'r.jsonl')!r}, stage='x', config={{}}).close(); assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_ground_has_no_side_effect_pitfall_50(tmp_path):
+    code = "import nanochat.paths, nanochat.runtime, nanochat.record, nanochat.cli"
+    home = {"HOME": str(tmp_path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=home)
+    assert done.stdout == done.stderr == b"" and list(tmp_path.iterdir()) == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    depth: int = 20  # layers
+    fp8: bool = False  # fp8 matmuls
+    every: int = -1  # steps; -1 = never
+    model_tag: str | None = None  # name
+
+
+def test_published_flag_forms_parse_and_unknown_flags_are_errors(capsys):
+    cfg = cli.parse(Config, ["--", "--depth=12", "--every=-1", "--fp8", "--model-tag", "d12"])
+    assert cfg == Config(12, True, -1, "d12")
+    with pytest.raises(SystemExit) as leave:
+        cli.parse(Config, ["--dept=12"])
+    assert leave.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("No such tag."), 1), (KeyboardInterrupt(), 130), (Stopped(15, "saved"), 143)]
+)
+def test_exit_status_says_how_it_ended(error, code, capsys):
+    def main(cfg):
+        raise error
+
+    with pytest.raises(SystemExit) as leave:
+        cli.run(main, Config, [])
+    assert leave.value.code == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_all_problems_are_told_at_once():
+    refuse([])
+    with pytest.raises(UserError, match="(?s)2 things.*first.*second"):
+        refuse(["first", "second"])
+
+
+@pytest.mark.slow
+def test_collectives_over_gloo(torchrun):
+    torchrun(
+        3,
+        code="""
+import torch
+from nanochat import runtime
+rt = runtime.start("cpu")
+assert float(rt.sum(torch.tensor(rt.rank + 1.0))) == 6
+assert rt.any(rt.rank == 2) and not rt.any(False)
+assert rt.broadcast({"a": [1, "ä"]} if rt.main else None) == {"a": [1, "ä"]}
+assert rt.gather({"rank": "x" * rt.rank}) == [{"rank": ""}, {"rank": "x"}, {"rank": "xx"}]
+rt.barrier(); runtime.stop(rt)
+""",
+    )
