@@ -1,0 +1,369 @@
+"""Checkpoints: one directory a step that is either complete or absent; save, find, verify, load.
+
+    base_dir()/{base,chatsft,chatrl}_checkpoints/<tag>/step_000300/
+        model.safetensors   weights, fp32, state-dict names; its metadata names stage, step and tokenizer
+        optim.safetensors   whole optimizer moments by parameter name: they fit any world size
+        meta.json           stage, step, configs, plan, tokenizer and dataset identity, meter, scaler, metrics
+        rank_0.json ...     what each rank alone knows: loader position, random state
+        manifest.json       size and sha256 of every other file; written last
+
+All of it is written and fsynced under `.tmp-step_000300`, which is then renamed; a directory without a manifest does
+not count. No pickle: tensors are safetensors, all else is strict JSON. The script saves before it evaluates anything.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanochat import paths
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime
+
+FORMAT = 1
+FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+MADE_BY = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
+STEP = re.compile(r"step_(\d{6,})")
+OLD = re.compile(r"(model|optim|meta)_\d+.*\.(pt|json)")
+
+
+def folder(source: str) -> Path:
+    """Where the checkpoints of a stage live: source is base, sft or rl."""
+    if source not in FOLDERS:
+        raise UserError(f"Source {source!r} is unknown: use one of {', '.join(FOLDERS)}.")
+    return paths.base_dir() / FOLDERS[source]
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def save(root: Path, step: int, *, model: torch.nn.Module, optimizer=None, meta: Mapping[str, Any], runtime: Runtime,
+         rank_state: Mapping[str, Any] | None = None, keep: int | None = None) -> Path:  # fmt: skip
+    """Write `root/step_<step>`; every rank calls it. `keep` = how many complete steps stay (None: all).
+
+    A failure on any rank (a full disk, a read-only folder) is the same UserError on all, and nothing is left half.
+    """
+    root = Path(root)
+    final, tmp = root / f"step_{step:06d}", root / f".tmp-step_{step:06d}"
+    moments = optimizer.state() if optimizer is not None else None  # collective
+    with _together(runtime, tmp):
+        if runtime.main:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+    with _together(runtime, tmp):
+        _write_json(tmp / f"rank_{runtime.rank}.json", dict(rank_state or {}))
+        if runtime.main:
+            _write_rest(tmp, step, model, moments, meta, runtime.world)
+    with _together(runtime, tmp):
+        if runtime.main:
+            _seal(tmp, final)
+    if runtime.main and keep:
+        prune(root, keep)
+    return final
+
+
+@contextlib.contextmanager
+def _together(runtime: Runtime, tmp: Path) -> Iterator[None]:
+    """Run a part of saving on each rank; if one fails, all raise its sentence, and the temporary folder is gone."""
+    sentence = ""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        sentence = _why(error, tmp)
+    sentences = [s for s in runtime.gather(sentence) if s]
+    if sentences:
+        if runtime.main:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise UserError(sentences[0])
+
+
+def _why(error: Exception, tmp: Path) -> str:
+    text = f"{error.strerror or error}" if isinstance(error, OSError) else str(error)
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
+    remedy = "free some space or lower --keep" if full else "make it writable"
+    what = "the disk is full" if full else text
+    return (
+        f"The checkpoint in {tmp.parent} could not be saved ({what}): {remedy}, then resume; older ones are untouched."
+    )
+
+
+def _write_rest(tmp: Path, step: int, model, moments, meta, world: int) -> None:
+    meta = {**meta, "format": FORMAT, "step": step, "world": world}
+    labels = {
+        "format": "nanochat",
+        "step": str(step),
+        "stage": str(meta.get("stage")),
+        "tokenizer": str(meta.get("tokenizer")),
+    }
+    _write_tensors(tmp / "model.safetensors", model.state_dict(), labels)
+    if moments is not None:
+        _write_tensors(tmp / "optim.safetensors", moments, labels)
+    _write_json(tmp / "meta.json", meta)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], labels: dict[str, str]) -> None:
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=labels)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _seal(tmp: Path, final: Path) -> None:
+    """Write the manifest, make the folder durable, give it its name."""
+    names = sorted(p.name for p in tmp.iterdir())
+    files = {name: {"bytes": (tmp / name).stat().st_size, "sha256": paths.sha256(tmp / name)} for name in names}
+    _write_json(tmp / "manifest.json", {"format": FORMAT, "files": files})
+    paths.sync_folder(tmp)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(tmp, final)
+    paths.sync_folder(final.parent)
+
+
+def prune(root: Path, keep: int) -> list[int]:
+    """Remove all complete steps but the newest `keep` (at least one stays); returns the removed ones."""
+    removed = complete_steps(root)[: -max(keep, 1)]
+    for step in removed:
+        path = root / f"step_{step:06d}"
+        (path / "manifest.json").unlink()  # from here on it does not count, wherever the removal stops
+        shutil.rmtree(path)
+    return removed
+
+
+# --- finding ------------------------------------------------------------------------------------------------------
+
+
+def complete_steps(root: Path) -> list[int]:
+    """The steps under `root` that have a manifest, ascending; compared as numbers, not as names."""
+    if not root.is_dir():
+        return []
+    found = [(STEP.fullmatch(p.name), p) for p in root.iterdir()]
+    return sorted(int(m[1]) for m, p in found if m and (p / "manifest.json").is_file())
+
+
+def leftovers(root: Path) -> list[str]:
+    """A sentence for each half checkpoint under `root`: it is ignored, and replaced or removed by hand."""
+    if not root.is_dir():
+        return []
+    half = [p for p in sorted(root.iterdir()) if p.name.startswith(".tmp-step_")]
+    half += [p for p in sorted(root.iterdir()) if STEP.fullmatch(p.name) and not (p / "manifest.json").is_file()]
+    return [f"{p} is half a checkpoint (the save was interrupted): ignored, it can be removed." for p in half]
+
+
+def tags(source: str) -> list[str]:
+    """Tags of a stage that hold at least one complete step or an old layout."""
+    root = folder(source)
+    if not root.is_dir():
+        return []
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and (complete_steps(p) or _is_old(p)))
+
+
+def guess_tag(source: str) -> str:
+    """The tag meant when none is given: the largest d<number>, else the most recently modified."""
+    names = tags(source)
+    if not names:
+        raise UserError(
+            f"No {source} checkpoint in {folder(source)}: make one first with `python -m {MADE_BY[source]}`."
+        )
+    depths = [(int(m[1]), name) for name in names if (m := re.match(r"d(\d+)", name))]
+    return max(depths)[1] if depths else max(names, key=lambda n: (folder(source) / n).stat().st_mtime)
+
+
+def find(source: str, tag: str | None = None, step: int | None = None) -> Path:
+    """The directory of a complete step: of this tag or the guessed one, this step or the newest."""
+    tag = tag or guess_tag(source)
+    root = folder(source) / tag
+    steps = complete_steps(root)
+    if not steps and _is_old(root):
+        raise UserError(
+            f"{root} holds checkpoints of the older nanochat layout (model_<step>.pt, pickled), which this version "
+            f"does not read: train again with `python -m {MADE_BY[source]}`, or use them with the code that wrote them."
+        )
+    if not root.is_dir():
+        raise UserError(f"No {source} checkpoint has the tag {tag!r}: there is {_list(tags(source))}.")
+    if not steps:
+        raise UserError(f"{root} holds no complete checkpoint: train again with `python -m {MADE_BY[source]}`.")
+    if step is not None and step not in steps:
+        raise UserError(f"{root} has no complete step {step}: there is {_list(steps)}.")
+    return root / f"step_{steps[-1] if step is None else step:06d}"
+
+
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """Where `--resume` goes on: the newest step that passes `verify`, and a sentence for each thing passed over."""
+    notes = leftovers(root)
+    for step in reversed(complete_steps(root)):
+        path = root / f"step_{step:06d}"
+        try:
+            load(path).verify()
+            return path, notes
+        except UserError as error:
+            notes.append(f"{error} Passed over; an older checkpoint is tried.")
+    return None, notes
+
+
+def _is_old(root: Path) -> bool:
+    return root.is_dir() and any(OLD.fullmatch(p.name) for p in root.iterdir())
+
+
+def _list(things: list) -> str:
+    return ", ".join(map(str, things)) if things else "none"
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path | str) -> "Checkpoint":
+    """Open a checkpoint directory; its manifest and meta.json are checked now, each other file when it is read."""
+    path = Path(path)
+    if not (path / "manifest.json").is_file():
+        raise UserError(f"{path} is not a complete checkpoint (it has no manifest.json): choose another step.")
+    manifest = paths.read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{path / 'manifest.json'} is damaged: remove {path} and resume from an older step.")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT}: update nanochat.")
+    checkpoint = Checkpoint(path, manifest["files"])
+    checkpoint.meta = paths.read_json(checkpoint.checked("meta.json"))
+    return checkpoint
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A complete checkpoint on disk. Every file is compared with the manifest before it is used."""
+
+    path: Path
+    files: dict[str, dict]
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    good: set[str] = dataclasses.field(default_factory=set, repr=False)
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+    @property
+    def world(self) -> int:
+        """How many ranks wrote it."""
+        return self.meta["world"]
+
+    def checked(self, name: str) -> Path:
+        """The path of a file whose size and sha256 are those of the manifest; a UserError names a damaged one."""
+        path = self.path / name
+        if name not in self.good:
+            problem = self._problem(name, path)
+            if problem:
+                raise UserError(f"{path} {problem}: remove {self.path} and use an older step, or restore the file.")
+            self.good.add(name)
+        return path
+
+    def _problem(self, name: str, path: Path) -> str | None:
+        wanted = self.files.get(name)
+        if wanted is None:
+            return "is not listed in the checkpoint's manifest"
+        if not path.is_file():
+            return "is missing"
+        if path.stat().st_size != wanted["bytes"]:
+            return f"is damaged ({path.stat().st_size} bytes instead of {wanted['bytes']})"
+        return None if paths.sha256(path) == wanted["sha256"] else "is damaged (its checksum differs)"
+
+    def verify(self) -> None:
+        """Check every file; a UserError names the first that is damaged."""
+        for name in self.files:
+            self.checked(name)
+
+    def weights(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """The state dict."""
+        with safe_open(self.checked("model.safetensors"), framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+
+    def optimizer(self) -> "Tensors | None":
+        """The optimizer's whole state, each tensor read when asked for; None if it was not saved."""
+        return Tensors(self.checked("optim.safetensors")) if "optim.safetensors" in self.files else None
+
+    def rank_state(self, rank: int) -> dict[str, Any]:
+        """What one rank alone knew."""
+        if f"rank_{rank}.json" not in self.files:
+            raise UserError(f"{self.path} was written by {self.world} ranks, it has no state of rank {rank}.")
+        return paths.read_json(self.checked(f"rank_{rank}.json"))
+
+    def rank_states(self) -> list[dict[str, Any]]:
+        """What each rank knew, in rank order: what a run of another world size is rebuilt from."""
+        return [self.rank_state(rank) for rank in range(self.world)]
+
+
+class Tensors(Mapping):
+    """The tensors of a safetensors file as a mapping that reads one when it is asked for one."""
+
+    def __init__(self, path: Path):
+        self.file = safe_open(path, framework="pt", device="cpu")
+        self.names = list(self.file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.file.get_tensor(name)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+# --- building -----------------------------------------------------------------------------------------------------
+
+
+def restore(model: GPT, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Copy weights into a model of the same config; a difference in names or shapes is a UserError."""
+    own = model.state_dict()
+    wrong = [n for n in own if n not in weights] + [n for n in weights if n not in own]
+    wrong += [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit this model ({len(wrong)} tensors differ, {wrong[0]} first): other version?"
+        )
+    model.load_state_dict(dict(weights))
+
+
+def build_model(source: str | Path, tag: str | None = None, step: int | None = None, *, device="cpu",
+                dtype: torch.dtype = torch.float32, attend=None):  # fmt: skip
+    """Load a trained model and the tokenizer it belongs to: (model in eval mode, tokenizer, meta).
+
+    `source` is base, sft or rl, or the path of a checkpoint directory.
+    """
+    from nanochat.tokenizer import Tokenizer
+
+    checkpoint = load(source if isinstance(source, Path) else find(source, tag, step))
+    tokenizer = Tokenizer.load()
+    check_tokenizer(checkpoint, tokenizer)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**checkpoint.meta["config"]), attend=attend)
+    model.to_empty(device=device)
+    restore(model, checkpoint.weights(device), checkpoint.path)
+    model.compute_dtype = dtype
+    return model.eval(), tokenizer, checkpoint.meta
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokenizer) -> None:
+    """Refuse a tokenizer that the checkpoint was not trained with."""
+    if checkpoint.meta.get("tokenizer") != tokenizer.fingerprint:
+        raise UserError(
+            f"{checkpoint.path} was trained with another tokenizer than the one in {paths.base_dir() / 'tokenizer'}: "
+            "restore that tokenizer, or train the model again with this one."
+        )

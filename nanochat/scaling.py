@@ -1,0 +1,262 @@
+"""From one dial, the depth, to everything a pretraining run needs: a frozen `Plan`.
+
+Each law names where it comes from, and its constants stand here and nowhere else. "Published" is nanochat of July 2026,
+tuned at depth 12 with batches of 2^19 tokens; a law is anchored there: N_REF is that model's scaling parameters (block
+matrices and head, built with this run's own vocabulary, aspect ratio and head dimension), D_REF = ratio * N_REF.
+
+The horizon is the first that is given of `num_iterations`, `target_flops`, `target_param_data_ratio`; batch, learning
+rates and decay follow the horizon that is really used, never one that was overruled.
+"""
+
+import dataclasses
+import math
+
+from nanochat import cost
+from nanochat.errors import UserError, refuse
+from nanochat.gpt import GPTConfig
+
+REF_DEPTH = 12
+B_REF = 2**19  # tokens a step at which the learning rates were tuned, published
+BATCH_EXPONENT = 0.383  # best batch ~ tokens^0.383: "Power Lines", arXiv 2505.13738
+SMALL_BATCH = 2**18  # below it sqrt(B/B_REF) starves the run; the laws below are ours
+SMALL_LR_EXPONENT = 0.1  # lr ~ B^0.1 there: 0.5 at 8,192 tokens, 4 times the root law; the published code itself gains
+# 0.16 bpb at 8,192 from 4 times its rates (measured, depth 4, 300 steps)
+WARMUP_STEPS = 40  # published, for batches of 2^18 and more
+SMALL_WARMUP_EXPONENT = 0.4  # 10 steps at 8,192 tokens
+WIDTH_REF = 768  # AdamW rates go with width^-0.5, relative to this one: published
+VALUE_EMBEDDING_LR = 0.5  # times the embedding rate: published
+RESID_LR = 0.01  # times scalar_lr: published
+SMEAR_BACKOUT_LR = 0.2  # fixed, scaled by nothing: published
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run decided. JSON-able with `dataclasses.asdict`; printed, recorded and stored in each checkpoint."""
+
+    config: GPTConfig
+    parameters: dict[str, int]  # by role, with "total" and "scaling"
+    flops_per_token: float
+    horizon: str  # which of the three set the length
+    iterations: int  # updates
+    tokens: int  # iterations * batch
+    batch: int  # tokens an update, over all ranks
+    device_batch_size: int  # rows of a micro-batch on one rank
+    accum: int  # micro-batches an update on one rank
+    world: int
+    lr_mult: float  # what the batch law multiplies the learning rates by
+    lrs: dict[str, float]  # peak learning rate by role, all multipliers in
+    weight_decay: float  # Muon's peak
+    warmup_steps: int
+    warmdown_ratio: float
+    final_lr_frac: float
+    flops: float  # of the whole run
+    ratio: float  # tokens per scaling parameter, as really trained
+    notes: tuple[str, ...] = ()  # what was adjusted, and why: one sentence each
+
+
+def shape(depth: int, *, vocab_size: int, aspect_ratio: int = 64, head_dim: int = 128, n_kv_head: int | None = None,
+          sequence_len: int = 2048, window_pattern: str = "SSSL") -> GPTConfig:  # fmt: skip
+    """The model at this depth: width is depth * aspect_ratio rounded up to whole heads."""
+    heads = -(-depth * aspect_ratio // head_dim)
+    return GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=heads,
+        n_kv_head=heads if n_kv_head is None else n_kv_head,
+        n_embd=heads * head_dim,
+        window_pattern=window_pattern,
+    )
+
+
+def best_batch(tokens: float, reference_tokens: float) -> int:
+    """The power of two nearest to B_REF * (D / D_REF)^0.383."""
+    return 2 ** round(math.log2(B_REF * (tokens / reference_tokens) ** BATCH_EXPONENT))
+
+
+def best_batch_for_steps(iterations: int, reference_tokens: float) -> int:
+    """The same law when the number of updates is given, so that D = iterations * B: solved for B."""
+    log2 = (math.log2(B_REF) + BATCH_EXPONENT * math.log2(iterations / reference_tokens)) / (1 - BATCH_EXPONENT)
+    return 2 ** max(round(log2), 0)
+
+
+def lr_multiplier(batch: int) -> float:
+    """sqrt(B / B_REF) for batches of 2^18 tokens and more (published), B^0.1 below, continuous where they meet."""
+    if batch >= SMALL_BATCH:
+        return math.sqrt(batch / B_REF)
+    return math.sqrt(SMALL_BATCH / B_REF) * (batch / SMALL_BATCH) ** SMALL_LR_EXPONENT
+
+
+def scaled_weight_decay(weight_decay: float, batch: int, tokens: float, reference_tokens: float) -> float:
+    """wd * (B/B_REF) / lr_mult * D_REF/D: the same decay over a run whatever its batch and learning rate.
+
+    Equals the published wd * sqrt(B/B_REF) * D_REF/D where lr_mult is the root law; follows the constant time scale
+    of decayed weights in arXiv 2405.13698.
+    """
+    return weight_decay * (batch / B_REF) / lr_multiplier(batch) * reference_tokens / tokens
+
+
+def warmup_law(batch: int) -> int:
+    """40 updates at 2^18 tokens and more (published), fewer below: a small batch has less to wait for."""
+    return max(round(WARMUP_STEPS * min(batch / SMALL_BATCH, 1.0) ** SMALL_WARMUP_EXPONENT), 1)
+
+
+def learning_rates(config: GPTConfig, lr_mult: float = 1.0, *, embedding_lr: float = 0.3, unembedding_lr: float = 0.008,
+                   matrix_lr: float = 0.02, scalar_lr: float = 0.5) -> dict[str, float]:  # fmt: skip
+    """Peak learning rate of each role of `GPT.roles()`; also what fine-tuning starts from."""
+    width = (config.n_embd / WIDTH_REF) ** -0.5
+    return {
+        "matrix": matrix_lr * lr_mult,
+        "embedding": embedding_lr * width * lr_mult,
+        "value_embedding": VALUE_EMBEDDING_LR * embedding_lr * width * lr_mult,
+        "head": unembedding_lr * width * lr_mult,
+        "resid": RESID_LR * scalar_lr * lr_mult,
+        "x0": scalar_lr * lr_mult,
+        "smear_backout": SMEAR_BACKOUT_LR,
+    }
+
+
+def divide(batch: int, rows: int, sequence_len: int, world: int) -> tuple[int, int]:
+    """Rows of a micro-batch (at most `rows`) and micro-batches an update, that come nearest to `batch` tokens."""
+    wanted = batch / (sequence_len * world)  # rows an update on one rank
+    accum = max(math.ceil(wanted / rows), 1)
+    return max(round(wanted / accum), 1), accum
+
+
+def nearest_batch(batch: int, rows: int, sequence_len: int, world: int) -> int:
+    """The multiple of one global micro-batch that is nearest to `batch`, at least one."""
+    unit = rows * sequence_len * world
+    return max(round(batch / unit), 1) * unit
+
+
+def problems_with(values: dict) -> list[str]:
+    """What is wrong with the arguments of `plan`, a sentence each."""
+    found = []
+    flag = lambda name: "--" + name.replace("_", "-")
+    whole = ("depth", "vocab_size", "aspect_ratio", "head_dim", "sequence_len", "device_batch_size", "world")
+    optional = ("n_kv_head", "num_iterations", "target_flops", "total_batch_size")
+    for name in (*whole, *(n for n in optional if values[n] is not None)):
+        if not values[name] > 0:
+            found.append(f"{flag(name)}={values[name]} must be at least 1.")
+    if (
+        values["num_iterations"] is None
+        and values["target_flops"] is None
+        and not values["target_param_data_ratio"] > 0
+    ):
+        found.append(f"--target-param-data-ratio={values['target_param_data_ratio']} must be above 0.")
+    for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay"):
+        if not (values[name] >= 0 and math.isfinite(values[name])):
+            found.append(f"{flag(name)}={values[name]} must be a finite number, 0 or more.")
+    for name in ("warmdown_ratio", "final_lr_frac"):
+        if not 0 <= values[name] <= 1:
+            found.append(f"{flag(name)}={values[name]} must lie in 0..1.")
+    if values["warmup_steps"] is not None and values["warmup_steps"] < 0:
+        found.append(f"--warmup-steps={values['warmup_steps']} must be 0 or more.")
+    return found
+
+
+def settle_batch(wanted: int, given: bool, rows: int, sequence_len: int, world: int) -> tuple[int, int, int, list[str]]:
+    """Batch in tokens, rows, micro-batches an update, notes. A given batch must divide; an automatic one is fitted."""
+    unit = rows * sequence_len * world
+    if wanted % unit == 0:
+        return wanted, rows, wanted // unit, []
+    fitted_rows, accum = divide(wanted, rows, sequence_len, world)
+    batch = fitted_rows * accum * sequence_len * world
+    if given:
+        other = f", or --device-batch-size={fitted_rows}" if batch == wanted else ""
+        raise UserError(
+            f"--total-batch-size={wanted} is not a multiple of {unit} tokens ({rows} rows x {sequence_len} x {world} "
+            f"ranks): the nearest that is is {nearest_batch(wanted, rows, sequence_len, world)}{other}."
+        )
+    note = (
+        f"device batch size {fitted_rows} instead of {rows}, so that {world} rank(s) share a batch of {batch:,} tokens"
+    )
+    if batch != wanted:
+        note += f" (the law asks for {wanted:,})"
+    return batch, fitted_rows, accum, [note + "."] if (fitted_rows, batch) != (rows, wanted) else []
+
+
+def plan(
+    depth: int = 20,
+    *,
+    vocab_size: int,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    n_kv_head: int | None = None,
+    sequence_len: int = 2048,
+    window_pattern: str = "SSSL",
+    num_iterations: int | None = None,
+    target_flops: float | None = None,
+    target_param_data_ratio: float = 10.5,
+    total_batch_size: int | None = None,
+    device_batch_size: int = 32,
+    world: int = 1,
+    embedding_lr: float = 0.3,
+    unembedding_lr: float = 0.008,
+    matrix_lr: float = 0.02,
+    scalar_lr: float = 0.5,
+    weight_decay: float = 0.28,
+    warmup_steps: int | None = None,
+    warmdown_ratio: float = 0.65,
+    final_lr_frac: float = 0.05,
+) -> Plan:
+    """Turn the dial and its overrides into a Plan; every argument that makes no sense is listed in one UserError."""
+    refuse(problems_with(dict(locals())))
+    family = dict(vocab_size=vocab_size, aspect_ratio=aspect_ratio, head_dim=head_dim, sequence_len=sequence_len)
+    config = shape(depth, **family, n_kv_head=n_kv_head, window_pattern=window_pattern)
+    counts = cost.parameters(config)
+    flops_per_token = cost.flops_per_token(config)
+    reference = cost.parameters(shape(REF_DEPTH, **family, window_pattern=window_pattern))["scaling"]
+    reference_tokens = (target_param_data_ratio if target_param_data_ratio > 0 else 10.5) * reference
+
+    if num_iterations is not None:
+        horizon, wanted = "num_iterations", best_batch_for_steps(num_iterations, reference_tokens)
+        tokens = None
+    elif target_flops is not None:
+        horizon, tokens = "target_flops", target_flops / flops_per_token
+        wanted = best_batch(tokens, reference_tokens)
+    else:
+        horizon, tokens = "target_param_data_ratio", target_param_data_ratio * counts["scaling"]
+        wanted = best_batch(tokens, reference_tokens)
+
+    batch, rows, accum, notes = settle_batch(
+        total_batch_size or wanted, total_batch_size is not None, device_batch_size, sequence_len, world
+    )
+    if num_iterations is not None:
+        iterations, tokens = num_iterations, num_iterations * batch
+    elif target_flops is not None:
+        iterations = round(tokens / batch)
+    else:
+        iterations = int(tokens // batch)
+    if iterations < 1:
+        iterations, tokens = 1, batch
+        notes.append(f"the horizon is shorter than one batch of {batch:,} tokens: the run has 1 update.")
+    lr_mult = lr_multiplier(batch)
+    return Plan(
+        config=config,
+        parameters=counts,
+        flops_per_token=flops_per_token,
+        horizon=horizon,
+        iterations=iterations,
+        tokens=iterations * batch,
+        batch=batch,
+        device_batch_size=rows,
+        accum=accum,
+        world=world,
+        lr_mult=lr_mult,
+        lrs=learning_rates(
+            config,
+            lr_mult,
+            embedding_lr=embedding_lr,
+            unembedding_lr=unembedding_lr,
+            matrix_lr=matrix_lr,
+            scalar_lr=scalar_lr,
+        ),
+        weight_decay=scaled_weight_decay(weight_decay, batch, tokens, reference_tokens),
+        warmup_steps=warmup_law(batch) if warmup_steps is None else warmup_steps,
+        warmdown_ratio=warmdown_ratio,
+        final_lr_frac=final_lr_frac,
+        flops=float(iterations) * batch * flops_per_token,
+        ratio=iterations * batch / counts["scaling"],
+        notes=tuple(notes),
+    )
