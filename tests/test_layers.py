@@ -15,7 +15,7 @@ LAYERS = [
     {"attention", "gpt", "cost"},
     {"optim", "schedule", "scaling", "train"},
     {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "dataloader"},
-    {"checkpoint"},
+    {"checkpoint", "resume"},
     {"sampling", "tools", "execution", "engine", "loss_eval", "core_eval", "chat_eval", "report"},
     {"serve"},
 ]

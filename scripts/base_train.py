@@ -1,0 +1,321 @@
+"""Pretrain a base model: next-token prediction on a stream of documents. `--depth` sets everything else.
+
+    python -m scripts.base_train --depth=12                                    # one device
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=24
+    python -m scripts.base_train --dataset=tinyworld --depth=4 --head-dim=64 --window-pattern=L --max-seq-len=256
+
+Needs the tokenizer (scripts.tok_train). Writes base_checkpoints/<tag>/: a folder a save, and record.jsonl. A run that
+was stopped goes on with `--resume`, bit for bit as if it had never stopped. The published code reaches GPT-2's CORE
+(0.2565) at depth 24 in 99 minutes on 8xH100 (--fp8, ratio 8); what ours does on two CPU cores is in dev/bench/.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+
+import torch
+
+from nanochat import (
+    attention,
+    checkpoint,
+    cli,
+    core_eval,
+    dataloader,
+    dataset,
+    hardware,
+    loss_eval,
+    optim,
+    record,
+    resume,
+    runtime,
+    scaling,
+    schedule,
+    train,
+)
+from nanochat.engine import Engine
+from nanochat.errors import Stopped, refuse
+from nanochat.gpt import GPT
+from nanochat.sampling import Sampling
+from nanochat.tokenizer import Tokenizer
+
+PROMPTS = (  # greedy continuations shown during the run: facts, sums and opposites that a good model completes
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of pretraining, with its default, unit and reason. -1 means off or automatic."""
+
+    run: str = "dummy"  # wandb run name; "dummy" keeps the record local
+    device_type: str = ""  # cuda, mps or cpu; empty: the best there is
+    seed: int = 42  # of the initial weights
+    # data
+    dataset: str = ""  # climbmix, fineweb-edu, tinyworld or a folder of parquet; empty: the tokenizer's own
+    val_shard: str = ""  # a folder's validation shard; empty: its manifest's, else the last by name
+    packing: str = "crop"  # crop: cut documents to fill rows (published); lossless: lose no token
+    # model
+    depth: int = 20  # layers; sets width, heads, batch, horizon and learning rates
+    aspect_ratio: int = 64  # width = depth * aspect_ratio, rounded up to whole heads
+    head_dim: int = 128  # channels a head
+    n_kv_head: int = -1  # key/value heads; -1: as many as query heads
+    max_seq_len: int = 2048  # context, tokens
+    window_pattern: str = "SSSL"  # S: a quarter of the context, L: all of it; tiled over the layers, the last is L
+    attention: str = "auto"  # backend: auto, sdpa, varlen, flex, flash3
+    fp8: bool = False  # fp8 matmuls (Hopper, Ada and later)
+    fp8_recipe: str = "tensorwise"  # the only recipe that is faster than bf16 here
+    compile: str = "auto"  # torch.compile: auto, on, off
+    # horizon: the first one that is set wins
+    num_iterations: int = -1  # updates
+    target_flops: float = -1.0  # FLOPs of the whole run
+    target_param_data_ratio: float = 10.5  # tokens per scaling parameter (Chinchilla: 20)
+    # optimisation
+    device_batch_size: int = 32  # rows of a micro-batch; lower it when memory runs out
+    total_batch_size: int = -1  # tokens an update; -1: from the batch law
+    embedding_lr: float = 0.3  # AdamW, before the batch and width laws
+    unembedding_lr: float = 0.008  # AdamW
+    matrix_lr: float = 0.02  # Muon
+    scalar_lr: float = 0.5  # AdamW
+    weight_decay: float = 0.28  # Muon, cautious, before its law
+    warmup_steps: int = -1  # updates; -1: from the batch law (40 at 2^18 tokens and more)
+    warmdown_ratio: float = 0.65  # share of the run in which the rate falls
+    final_lr_frac: float = 0.05  # of the peak rate, at the end
+    # evaluation; -1: never, but bpb is always measured at the end unless --eval-tokens=0
+    eval_every: int = 250  # updates
+    eval_tokens: int = 80 * 524288  # validation tokens a bpb
+    core_metric_every: int = 2000  # updates
+    core_metric_max_per_task: int = 500  # examples; -1: all
+    sample_every: int = 2000  # updates
+    # saving
+    save_every: int = -1  # updates; the end is always saved, before it is evaluated
+    keep: int = 2  # newest checkpoints kept; -1: all
+    resume: bool = False  # go on from the newest complete checkpoint, or start if there is none
+    resume_from_step: int = -1  # go on from exactly this step
+    force: bool = False  # resume although flags differ from those the run was started with
+    model_tag: str = ""  # name of the run's folder; empty: d<depth>
+
+
+def off(value: float) -> float | None:
+    """-1 on the command line means None inside."""
+    return None if value == -1 else value
+
+
+def make_plan(cfg: Config, vocab_size: int, world: int) -> scaling.Plan:
+    """The plan of this command line."""
+    same = ("depth", "aspect_ratio", "head_dim", "window_pattern", "target_param_data_ratio", "device_batch_size")
+    rates = (
+        "embedding_lr",
+        "unembedding_lr",
+        "matrix_lr",
+        "scalar_lr",
+        "weight_decay",
+        "warmdown_ratio",
+        "final_lr_frac",
+    )
+    maybe = ("n_kv_head", "num_iterations", "target_flops", "total_batch_size", "warmup_steps")
+    return scaling.plan(
+        vocab_size=vocab_size,
+        sequence_len=cfg.max_seq_len,
+        world=world,
+        **{name: getattr(cfg, name) for name in (*same, *rates)},
+        **{name: off(getattr(cfg, name)) for name in maybe},
+    )
+
+
+def describe(plan: scaling.Plan, rt: runtime.Runtime, name: str, backend: attention.Backend, how: str) -> str:
+    """What the run decided, for people."""
+    c, p = plan.config, plan.parameters
+    passed = "".join(f"; {other} not: {why}" for other, why in backend.passed_over)
+    rows = [
+        ("device", f"{rt.world} x {name}, {rt.dtype} ({rt.dtype_reason})"),
+        ("model", f"{c.n_layer} layers x {c.n_embd}, {c.n_head} heads ({c.n_kv_head} kv), context {c.sequence_len}, "
+                  f"windows {c.window_pattern}, vocabulary {c.vocab_size:,}"),
+        ("parameters", f"{p['total']:,}, of which {p['scaling']:,} scale; {plan.flops_per_token:.3g} FLOPs a token"),
+        ("horizon", f"{plan.iterations:,} updates of {plan.batch:,} tokens = {plan.tokens:,} ({plan.ratio:.2f} a "
+                    f"scaling parameter, by {plan.horizon}), {plan.flops:.3g} FLOPs"),
+        ("batch", f"{plan.accum} x {plan.device_batch_size} rows on each of {rt.world} rank(s)"),
+        ("rates", f"x {plan.lr_mult:.3f} by the batch law, {plan.warmup_steps} warm-up updates, "
+                  f"decay {plan.weight_decay:.4g}"),
+        ("attention", backend.name + passed),
+        ("forward", how),
+    ]  # fmt: skip
+    return "\n".join(f"{label:<11}{text}" for label, text in rows)
+
+
+def line(step: int, plan: scaling.Plan, meter: train.Meter, lr_mult: float, seconds: float, used: float | None) -> str:
+    """A step's console line."""
+    share = "" if used is None else f" | mfu {100 * used:.1f} %"
+    left = meter.seconds_left(plan.iterations - step - 1)
+    return (
+        f"step {step:5d}/{plan.iterations} | loss {meter.loss:.4f} | lr x {lr_mult:.2f} | {1000 * seconds:6.0f} ms | "
+        f"{plan.batch / seconds:,.0f} tok/s{share} | {meter.seconds / 60:.1f} min, {left / 60:.1f} left"
+    )
+
+
+def check(cfg: Config) -> None:
+    """Refuse, all at once, what can be known to be wrong before any work is done."""
+    problems = []
+    if cfg.packing not in ("crop", "lossless"):
+        problems.append(f"--packing={cfg.packing} is unknown: use crop or lossless.")
+    if cfg.compile not in ("auto", "on", "off"):
+        problems.append(f"--compile={cfg.compile} is unknown: use auto, on or off.")
+    if cfg.fp8 and cfg.fp8_recipe != "tensorwise":
+        problems.append(f"--fp8-recipe={cfg.fp8_recipe} is not offered: tensorwise is (rowwise is slower than bf16).")
+    if cfg.eval_tokens < 0:
+        problems.append(f"--eval-tokens={cfg.eval_tokens} must be 0 (no bpb) or more.")
+    if cfg.resume and cfg.resume_from_step >= 0:
+        problems.append("give --resume or --resume-from-step, not both.")
+    refuse(problems)
+
+
+def build(plan: scaling.Plan, cfg: Config, rt: runtime.Runtime, attend) -> GPT:
+    """A model with fresh weights, alike on all ranks, its matmuls in fp8 if asked."""
+    with torch.device("meta"):
+        model = GPT(plan.config, attend=attend)
+    model.to_empty(device=rt.device)
+    model.init_weights(cfg.seed)
+    model.compute_dtype = rt.dtype
+    if cfg.fp8:
+        from nanochat.kernels import fp8
+
+        fp8.convert(model)
+    return model
+
+
+def bpb(model, corpus, tokenizer, cfg: Config, plan: scaling.Plan, rt: runtime.Runtime) -> float:
+    """Validation bits per byte of the first --eval-tokens tokens, the same rows whatever batch and world."""
+    rows = dataloader.eval_batches(
+        corpus, tokenizer, rows=plan.device_batch_size, seq_len=cfg.max_seq_len, tokens=cfg.eval_tokens, rank=rt.rank,
+        world=rt.world, device=rt.device,
+    )  # fmt: skip
+    with train.resting(model):
+        return loss_eval.bits_per_byte(model, rows, tokenizer.token_bytes(), rt)
+
+
+def show_samples(model, tokenizer, log: record.Record, step: int) -> None:
+    """Greedy continuations of the prompts, on rank 0: printed and recorded."""
+    with train.resting(model):
+        engine = Engine(model, tokenizer)
+        ids = [tokenizer.encode(prompt, prepend=tokenizer.bos) for prompt in PROMPTS]
+        for prompt, (reply,) in zip(
+            PROMPTS, engine.complete(ids, Sampling(temperature=0.0, max_tokens=16)), strict=True
+        ):
+            log.event("sample", step=step, prompt=prompt, text=reply.text)
+            log.say(f"  {prompt}|{reply.text!r}")
+
+
+def main(cfg: Config) -> dict:
+    """Train; returns the summary that also ends the record."""
+    check(cfg)
+    # 1. runtime ------------------------------------------------------------------------------------------------------
+    rt = runtime.start(cfg.device_type, cfg.seed)
+    name = hardware.device_name(rt.device)
+    peak = hardware.peak_flops(name, fp8=False)
+    # 2. tokenizer and corpus -----------------------------------------------------------------------------------------
+    tokenizer = Tokenizer.load()
+    corpus = dataset.open_corpus(
+        cfg.dataset or tokenizer.meta.get("dataset", {}).get("dataset", "climbmix"), cfg.val_shard or None
+    )
+    # 3. plan ---------------------------------------------------------------------------------------------------------
+    plan = make_plan(cfg, tokenizer.vocab_size, rt.world)
+    backend = attention.choose(rt.device, rt.dtype, cfg.attention)
+    root = checkpoint.folder("base") / (cfg.model_tag or f"d{cfg.depth}")
+    core_every = off(cfg.core_metric_every)
+    bundle = core_eval.bundle(rt) if core_every and core_every <= plan.iterations else None
+    # 4. model and optimizer ------------------------------------------------------------------------------------------
+    model = build(plan, cfg, rt, backend.attend)
+    optimizer = optim.MuonAdamW(model.roles(), plan.lrs, rt)
+    meter, scaler, loader_state, start = train.Meter(), train.Scaler.of(rt.dtype), None, 0
+    found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
+    if found:
+        resume.check(cfg, found, tokenizer, cfg.force)
+        meter, scaler, loader_state = resume.restore(found, model, optimizer, rt)
+        start = found.step
+    forward, how = train.compiled(model, rt, cfg.compile != "off")
+    log = record.Record(root / "record.jsonl", run=cfg.run, stage="base", config=cfg, main=rt.main,
+                        resume_step=start if found else None)  # fmt: skip
+    log.event("plan", plan=plan, device=name, dtype=rt.dtype_reason, attention=backend.name, compile=how)
+    log.say(describe(plan, rt, name, backend, how))
+    for note in (*plan.notes, *notes):
+        log.say(f"note: {note}")
+    # 5. loop ---------------------------------------------------------------------------------------------------------
+    metrics: dict = {}
+    meta = {
+        "stage": "base", "config": dataclasses.asdict(plan.config), "plan": record.plain(plan),
+        "user_config": dataclasses.asdict(cfg), "tokenizer": tokenizer.fingerprint, "dataset": corpus.identity,
+    }  # fmt: skip
+    loader = dataloader.pretrain_loader(
+        corpus, tokenizer, "train", rows=plan.device_batch_size, seq_len=cfg.max_seq_len, rank=rt.rank, world=rt.world,
+        device=rt.device, mode=cfg.packing, state=loader_state,
+    )  # fmt: skip
+    with contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
+        batch, position = None, loader_state
+        for step in range(start, plan.iterations + 1):
+            last, signum = step == plan.iterations, stop.agreed(rt)
+            if signum or ((last or train.due(step, off(cfg.save_every))) and not (found and step == start)):
+                state = {"loader": position, "rng": train.rng_state()}
+                checkpoint.save(
+                    root, step, model=model, optimizer=optimizer, runtime=rt, rank_state=state, keep=off(cfg.keep),
+                    meta=meta | {"meter": meter.state(), "scaler": scaler.state()},
+                )  # fmt: skip
+            if signum:
+                log.event("stopped", step=step, signal=signum)
+                raise Stopped(signum, f"stopped by signal {signum} at step {step}: saved; --resume goes on from here.")
+            if cfg.eval_tokens and (last or train.due(step, off(cfg.eval_every), first=True)):
+                metrics["val_bpb"] = bpb(model, corpus, tokenizer, cfg, plan, rt)
+                metrics["min_val_bpb"] = min(metrics.get("min_val_bpb", math.inf), metrics["val_bpb"])
+                log.eval(step, f"step {step:5d} | validation bpb {metrics['val_bpb']:.4f}", val_bpb=metrics["val_bpb"])
+            if bundle and train.due(step, core_every, last):
+                with train.resting(model):
+                    core = core_eval.evaluate(
+                        model, tokenizer, bundle, max_per_task=cfg.core_metric_max_per_task, runtime=rt
+                    )
+                metrics["core"] = core["core"]
+                log.eval(step, f"step {step:5d} | CORE {core['core']:.4f}", core=core["core"], core_tasks=core["tasks"])
+            if rt.main and train.due(step, off(cfg.sample_every), last):
+                show_samples(model, tokenizer, log, step)
+            if last:
+                break
+            began = time.perf_counter()
+            for _ in range(plan.accum):
+                batch = next(loader)
+                loss = forward(batch.inputs, batch.targets)
+                (loss * (scaler.scale / plan.accum)).backward()
+                meter.add(loss, batch.targets.numel())
+            position = batch.state
+            loss = meter.mean(rt)
+            lr_mult = schedule.lr(step, plan.iterations, plan.warmup_steps, plan.warmdown_ratio, plan.final_lr_frac)
+            norm = train.optimizer_step(
+                optimizer, scaler, loss, step=step, position=position, lr_mult=lr_mult,
+                momentum=schedule.momentum(step, plan.iterations, plan.warmdown_ratio),
+                weight_decay=plan.weight_decay * schedule.weight_decay(step, plan.iterations),
+            )  # fmt: skip
+            rt.synchronize()
+            seconds = time.perf_counter() - began
+            meter.tick(loss, plan.batch, seconds)
+            used = train.mfu(plan.batch, seconds, plan.flops_per_token, peak, rt.world)
+            log.step(
+                step, line(step, plan, meter, lr_mult, seconds, used), loss=loss, smooth_loss=meter.loss, lr=lr_mult,
+                grad_norm=norm, seconds=seconds, tokens_per_second=plan.batch / seconds, mfu=used, tokens=meter.tokens,
+            )  # fmt: skip
+            calm()
+    # 6. summary ------------------------------------------------------------------------------------------------------
+    summary = {
+        "step": plan.iterations, "loss": meter.loss, **metrics, "tokens": meter.tokens, "seconds": meter.seconds,
+        "tokens_per_second": meter.tokens_per_second, "flops": plan.flops, "peak_bytes": rt.peak_bytes(),
+        "checkpoint": str(root / f"step_{plan.iterations:06d}"),
+    }  # fmt: skip
+    log.close(**summary)
+    runtime.stop(rt)
+    return summary
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
