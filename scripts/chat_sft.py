@@ -1,0 +1,240 @@
+"""Fine-tune a base model on conversations, so that it answers. The loss counts only what the assistant says.
+
+    python -m scripts.chat_sft
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
+
+Starts from the newest base checkpoint (`--model-tag`, `--model-step`) and its optimizer's moments; unset rates and
+sizes are inherited from it. The data follow from the base model's corpus: tinyworld's own conversations for a tinyworld
+model, else SmolTalk, MMLU, GSM8K, spelling and, if given, `--identity` conversations. One epoch, unless
+--num-iterations. Writes chatsft_checkpoints/<tag>/. `--resume` goes on bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import time
+
+from nanochat import (
+    attention,
+    chat_eval,
+    checkpoint,
+    cli,
+    dataloader,
+    loss_eval,
+    optim,
+    record,
+    resume,
+    runtime,
+    scaling,
+    schedule,
+    train,
+)
+from nanochat.engine import Engine
+from nanochat.errors import Stopped, UserError, refuse
+from tasks import mixtures
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of fine-tuning. -1 means off, or: as the base checkpoint was trained."""
+
+    run: str = "dummy"  # wandb run name; "dummy" keeps the record local
+    device_type: str = ""  # cuda, mps or cpu; empty: the best there is
+    seed: int = 42  # of the order of the conversations
+    # model
+    model_tag: str = ""  # base run to start from, and the name of this one; empty: the deepest
+    model_step: int = -1  # its step; -1: the newest
+    load_optimizer: int = 1  # 1: start with the moments of pretraining
+    attention: str = "auto"  # backend
+    compile: str = "auto"  # torch.compile: auto, on, off
+    # data
+    identity: str = ""  # JSON-lines file of conversations about the model itself (tasks/customjson.py)
+    mmlu_epochs: int = 3  # times MMLU's auxiliary questions are in the mixture
+    gsm8k_epochs: int = 4  # times GSM8K is in the mixture
+    max_conversations: int = -1  # use only so many of the mixture
+    # horizon
+    num_iterations: int = -1  # updates; -1: one epoch
+    max_seq_len: int = -1  # row length, tokens
+    device_batch_size: int = -1  # rows of a micro-batch
+    total_batch_size: int = -1  # tokens an update, padding included
+    # optimisation; rates before the batch and width laws
+    embedding_lr: float = -1.0  # AdamW
+    unembedding_lr: float = -1.0  # AdamW
+    matrix_lr: float = -1.0  # Muon
+    init_lr_frac: float = 0.8  # start at this share of the base model's peak rates
+    warmup_ratio: float = 0.0  # share of the run in which the rate rises
+    warmdown_ratio: float = 0.5  # share of the run in which the rate falls
+    final_lr_frac: float = 0.0  # of the first rate, at the end
+    # evaluation and saving
+    eval_every: int = 200  # updates between validation bpb; -1: at the end only
+    eval_tokens: int = 40 * 524288  # validation tokens, padding included; 0: none
+    chatcore_every: int = 200  # updates between ChatCORE; -1: never
+    chatcore_max_cat: int = -1  # multiple-choice problems a task; -1: all
+    chatcore_max_sample: int = 24  # open problems a task; -1: all
+    save_every: int = -1  # updates; the end is always saved, before it is evaluated
+    keep: int = 2  # newest checkpoints kept; -1: all
+    resume: bool = False  # go on from the newest complete checkpoint, or start if there is none
+    resume_from_step: int = -1  # go on from exactly this step
+    force: bool = False  # resume although flags differ
+
+
+def off(value: float) -> float | None:
+    """-1 on the command line means None inside."""
+    return None if value == -1 else value
+
+
+def settle(cfg: Config, base: checkpoint.Checkpoint, world: int) -> dict:
+    """Sizes and rates of this run: the flags, and what is unset from the base model's run."""
+    was, plan = base.meta["user_config"], base.meta["plan"]
+    pick = lambda name, old: getattr(cfg, name) if getattr(cfg, name) != -1 else old
+    sizes = {
+        "seq_len": pick("max_seq_len", plan["config"]["sequence_len"]),
+        "rows": pick("device_batch_size", plan["device_batch_size"]),
+        "batch": pick("total_batch_size", plan["batch"]),
+    }
+    rates = {n: pick(n, was[n]) for n in ("embedding_lr", "unembedding_lr", "matrix_lr")}
+    problems = [f"{name} is {value}: it must be 1 or more." for name, value in sizes.items() if value < 1]
+    if sizes["seq_len"] > plan["config"]["sequence_len"]:
+        problems.append(
+            f"--max-seq-len={sizes['seq_len']} is longer than the model's context, {plan['config']['sequence_len']}."
+        )
+    problems += [f"--{name.replace('_', '-')}={value} must be 0 or more." for name, value in rates.items() if value < 0]
+    refuse(problems)
+    batch, rows, accum, notes = scaling.settle_batch(
+        sizes["batch"], cfg.total_batch_size != -1, sizes["rows"], sizes["seq_len"], world
+    )
+    return {"seq_len": sizes["seq_len"], "rows": rows, "batch": batch, "accum": accum, "rates": rates, "notes": notes}
+
+
+def validation_bpb(model, task, tokenizer, cfg: Config, size: dict, rt: runtime.Runtime) -> float:
+    """Bits per byte of what the assistant says in the validation conversations, one finite pass of --eval-tokens."""
+    rows = dataloader.conversation_eval_batches(
+        task, tokenizer, rows=size["rows"], seq_len=size["seq_len"], tokens=cfg.eval_tokens, rank=rt.rank,
+        world=rt.world, device=rt.device,
+    )  # fmt: skip
+    with train.resting(model):
+        return loss_eval.bits_per_byte(model, rows, tokenizer.token_bytes(), rt)
+
+
+def chat_core(model, tokenizer, tasks: dict, cfg: Config, rt: runtime.Runtime) -> dict:
+    """Accuracy by task, and their centred mean "chatcore"."""
+    with train.resting(model):
+        engine = Engine(model, tokenizer)
+        results = {}
+        for name, task in tasks.items():
+            most = cfg.chatcore_max_cat if task.eval_type == "categorical" else cfg.chatcore_max_sample
+            results[name] = chat_eval.evaluate(task, engine, tokenizer, max_problems=off(most), runtime=rt)["accuracy"]
+    return {**results, "chatcore": chat_eval.chat_core(results)}
+
+
+def main(cfg: Config) -> dict:
+    """Fine-tune; returns the summary that also ends the record."""
+    if cfg.resume and cfg.resume_from_step >= 0:
+        raise UserError("Give --resume or --resume-from-step, not both.")
+    # 1. runtime ------------------------------------------------------------------------------------------------------
+    rt = runtime.start(cfg.device_type, cfg.seed)
+    backend = attention.choose(rt.device, rt.dtype, cfg.attention)
+    # 2. model and tokenizer ------------------------------------------------------------------------------------------
+    base = checkpoint.load(checkpoint.find("base", cfg.model_tag or None, off(cfg.model_step)))
+    model, tokenizer, _ = checkpoint.build_model(base.path, device=rt.device, dtype=rt.dtype, attend=backend.attend)
+    size = settle(cfg, base, rt.world)
+    root = checkpoint.folder("sft") / base.path.parent.name
+    # 3. data ---------------------------------------------------------------------------------------------------------
+    data, held_out, chat_tasks = mixtures.sft(base.meta["dataset"]["dataset"], cfg)
+    # 4. optimizer ----------------------------------------------------------------------------------------------------
+    lrs = scaling.learning_rates(model.config, scaling.lr_multiplier(size["batch"]), **size["rates"])
+    optimizer = optim.MuonAdamW(model.roles(), {role: lr * cfg.init_lr_frac for role, lr in lrs.items()}, rt)
+    meter, scaler, loader_state, start = train.Meter(), train.Scaler.of(rt.dtype), None, 0
+    found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
+    if found:
+        resume.check(cfg, found, tokenizer, cfg.force)
+        meter, scaler, loader_state = resume.restore(found, model, optimizer, rt)
+        start = found.step
+    elif cfg.load_optimizer and (moments := base.optimizer()) is not None:
+        optimizer.load_state(moments)
+    model.train()
+    forward, how = train.compiled(model, rt, cfg.compile != "off")
+    log = record.Record(root / "record.jsonl", run=cfg.run, stage="sft", config=cfg, main=rt.main,
+                        resume_step=start if found else None)  # fmt: skip
+    log.event("plan", plan={**size, "lrs": lrs, "conversations": len(data), "from": base.path.name, "compile": how})
+    log.say(f"fine-tuning {base.path}: {len(data):,} conversations, {size['batch']:,} tokens an update, {how}")
+    for note in (*size["notes"], *notes):
+        log.say(f"note: {note}")
+    # 5. loop ---------------------------------------------------------------------------------------------------------
+    metrics: dict = {}
+    meta = {
+        "stage": "sft", "config": base.meta["config"], "plan": base.meta["plan"] | {"sft": record.plain(size)},
+        "user_config": dataclasses.asdict(cfg), "tokenizer": tokenizer.fingerprint, "dataset": base.meta["dataset"],
+    }  # fmt: skip
+    loader = dataloader.conversation_loader(
+        data, tokenizer, rows=size["rows"], seq_len=size["seq_len"], rank=rt.rank, world=rt.world, device=rt.device,
+        seed=cfg.seed, state=loader_state,
+    )  # fmt: skip
+    with contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
+        step, position = start, loader_state
+        while True:
+            done = progress(cfg, step, position, len(data))
+            last, signum = done >= 1, stop.agreed(rt)
+            if signum or ((last or train.due(step, off(cfg.save_every))) and not (found and step == start)):
+                state = {"loader": position, "rng": train.rng_state()}
+                checkpoint.save(
+                    root, step, model=model, optimizer=optimizer, runtime=rt, rank_state=state, keep=off(cfg.keep),
+                    meta=meta | {"meter": meter.state(), "scaler": scaler.state()},
+                )  # fmt: skip
+            if signum:
+                log.event("stopped", step=step, signal=signum)
+                raise Stopped(signum, f"stopped by signal {signum} at step {step}: saved; --resume goes on from here.")
+            if cfg.eval_tokens and (last or train.due(step, off(cfg.eval_every), first=True)):
+                metrics["val_bpb"] = validation_bpb(model, held_out, tokenizer, cfg, size, rt)
+                log.eval(step, f"step {step:5d} | validation bpb {metrics['val_bpb']:.4f}", val_bpb=metrics["val_bpb"])
+            if train.due(step, off(cfg.chatcore_every), last):
+                metrics |= (scores := chat_core(model, tokenizer, chat_tasks, cfg, rt))
+                log.eval(step, f"step {step:5d} | ChatCORE {scores['chatcore']:.4f}", **scores)
+            if last:
+                break
+            began = time.perf_counter()
+            batches = [next(loader) for _ in range(size["accum"])]
+            weight = train.per_token([b.targets for b in batches], rt)
+            tokens = 0
+            for batch in batches:
+                total = forward(batch.inputs, batch.targets, reduction="sum")
+                (total * (weight * scaler.scale)).backward()
+                count = int((batch.targets >= 0).sum())
+                meter.add(total / max(count, 1), count)
+                tokens += count
+            position = batches[-1].state
+            loss = meter.mean(rt)
+            lr_mult = schedule.sft_lr(done, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)
+            norm = train.optimizer_step(
+                optimizer, scaler, loss, step=step, position=position, lr_mult=lr_mult,
+                momentum=schedule.sft_momentum(step, off(cfg.num_iterations)),
+            )  # fmt: skip
+            rt.synchronize()
+            seconds = time.perf_counter() - began
+            meter.tick(loss, size["batch"], seconds)
+            console = (
+                f"step {step:5d} ({100 * done:3.0f} %) | loss {meter.loss:.4f} | lr x {lr_mult:.2f} | "
+                f"{1000 * seconds:6.0f} ms | {meter.seconds / 60:.1f} min"
+            )
+            log.step(step, console, loss=loss, smooth_loss=meter.loss, lr=lr_mult, grad_norm=norm, seconds=seconds,
+                     tokens_per_second=size["batch"] / seconds, targets=tokens)  # fmt: skip
+            calm()
+            step += 1
+    # 6. summary ------------------------------------------------------------------------------------------------------
+    summary = {
+        "step": step, "loss": meter.loss, **metrics, "seconds": meter.seconds, "peak_bytes": rt.peak_bytes(),
+        "checkpoint": str(root / f"step_{step:06d}"),
+    }  # fmt: skip
+    log.close(**summary)
+    runtime.stop(rt)
+    return summary
+
+
+def progress(cfg: Config, step: int, position: dict | None, size: int) -> float:
+    """The share of the run that is done: of --num-iterations updates, or of one epoch of `size` conversations."""
+    if cfg.num_iterations != -1:
+        return step / max(cfg.num_iterations, 1)
+    return position["consumed"] / size if position else 0.0
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
