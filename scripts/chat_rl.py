@@ -85,7 +85,7 @@ EVAL_STEP = (
 
 @dataclasses.dataclass
 class Rollout:
-    """One sampled reply: ids of prompt and reply, which of the reply's were sampled, and its reward above its group's."""
+    """One sampled reply: ids of prompt and reply, which were sampled, and its reward above its group's mean."""
 
     prompt: list[int]
     reply: list[int]
