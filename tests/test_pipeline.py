@@ -1,0 +1,195 @@
+"""Every stage through its main(cfg) on a tiny model, from nothing to a chat; and the equalities a run must keep."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat import checkpoint, record, resume
+from nanochat.errors import UserError
+from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft, report, tok_train
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = base_train.Config(
+    depth=2, aspect_ratio=16, head_dim=16, max_seq_len=64, window_pattern="L", device_batch_size=4,
+    total_batch_size=512, num_iterations=6, eval_every=3, eval_tokens=1024, core_metric_every=-1, sample_every=-1,
+    save_every=2, keep=-1, model_tag="tiny", compile="off",
+)  # fmt: skip
+SFT = chat_sft.Config(
+    model_tag="tiny", num_iterations=5, eval_every=-1, eval_tokens=1024, chatcore_every=-1, save_every=2, keep=-1,
+    compile="off",
+)  # fmt: skip
+RL = chat_rl.Config(
+    model_tag="tiny", num_iterations=3, examples_per_step=3, num_samples=3, max_new_tokens=12, device_batch_size=4,
+    eval_every=3, eval_examples=5, eval_samples=2, save_every=1, keep=-1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base folder in which every stage has run once."""
+    base = tmp_path_factory.mktemp("pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        tok_train.main(tok_train.Config(dataset="tinyworld", vocab_size=512, max_chars=100_000))
+        base_train.main(BASE)
+        chat_sft.main(SFT)
+        chat_rl.main(RL)
+    return base
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(trained))
+    return trained
+
+
+def weights(base, folder, step):
+    return load_file(base / folder / "tiny" / f"step_{step:06d}" / "model.safetensors")
+
+
+def test_each_stage_leaves_a_complete_checkpoint_and_a_record(here):
+    for source, steps in (("base", [2, 4, 6]), ("sft", [2, 4, 5]), ("rl", [1, 2, 3])):
+        root = checkpoint.folder(source) / "tiny"
+        assert checkpoint.complete_steps(root) == steps
+        rows = record.read(root / "record.jsonl")
+        assert rows[0]["kind"] == "start" and rows[-1]["kind"] == "summary"
+    losses = [r["loss"] for r in record.read(here / "base_checkpoints/tiny/record.jsonl") if r["kind"] == "step"]
+    assert losses[-1] < losses[0]  # it learns, if only a little
+
+
+def test_the_last_checkpoint_is_saved_before_anything_is_evaluated_pitfall_1(base_dir, trained, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(trained))
+    cfg = dataclasses.replace(BASE, model_tag="evalfails", save_every=-1, eval_every=-1, num_iterations=1)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the evaluation broke")
+
+    monkeypatch.setattr(base_train, "bpb", broken)
+    with pytest.raises(RuntimeError):
+        base_train.main(cfg)
+    assert checkpoint.complete_steps(checkpoint.folder("base") / "evalfails") == [1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "cfg", "folder", "cut", "end"),
+    [
+        (base_train, BASE, "base_checkpoints", 4, 6),
+        (chat_sft, SFT, "chatsft_checkpoints", 2, 5),
+        (chat_rl, RL, "chatrl_checkpoints", 2, 3),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_pitfalls_7_8(here, stage, cfg, folder, cut, end):
+    straight = weights(here, folder, end)
+    moments = load_file(here / folder / "tiny" / f"step_{end:06d}" / "optim.safetensors")
+    stage.main(dataclasses.replace(cfg, resume_from_step=cut))
+    again = weights(here, folder, end)
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+    other = load_file(here / folder / "tiny" / f"step_{end:06d}" / "optim.safetensors")
+    assert all(torch.equal(moments[name], other[name]) for name in moments)
+
+
+def test_resume_with_other_flags_is_refused_and_lists_them_pitfall_8(here):
+    cfg = dataclasses.replace(BASE, resume=True, matrix_lr=0.5, seed=7)
+    with pytest.raises(UserError, match=r"(?s)--seed is 7 now.*--matrix-lr is 0\.5 now.*--force"):
+        base_train.main(cfg)
+
+
+def test_a_loader_state_is_put_together_from_all_ranks():
+    states = [{"loader": {"rows": 3, "lanes": {"0": 1}}}, {"loader": {"rows": 3, "lanes": {"1": 2}}}]
+    assert resume.merged(states) == {"rows": 3, "lanes": {"0": 1, "1": 2}}
+
+
+def test_a_signal_saves_and_leaves_with_its_code_and_resume_ends_in_the_same_place(here):
+    args = [f"--{f.name.replace('_', '-')}={getattr(BASE, f.name)}" for f in dataclasses.fields(BASE)
+            if not isinstance(getattr(BASE, f.name), bool) and getattr(BASE, f.name) != ""]  # fmt: skip
+    args = [a for a in args if not a.startswith(("--model-tag", "--num-iterations", "--save-every"))]
+    args += ["--num-iterations=200", "--save-every=-1", "--model-tag=signalled"]
+    command = [sys.executable, "-m", "scripts.base_train", *args]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step     3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "--resume goes on from here" in err and "Traceback" not in err
+    root = checkpoint.folder("base") / "signalled"
+    (step,) = checkpoint.complete_steps(root)
+    checkpoint.load(root / f"step_{step:06d}").verify()
+
+
+def test_base_and_chat_evaluations_write_what_they_measured(here):
+    result = base_eval.main(base_eval.Config(model_tag="tiny", eval="bpb,sample", split_tokens=1024))
+    assert result
+    result = chat_eval.main(chat_eval.Config(source="sft", model_tag="tiny", max_problems=4, max_new_tokens=8))
+    assert result
+
+
+def test_the_report_has_every_stage_and_stands_alone(here, tmp_path):
+    out = report.main(report.Config(model_tag="tiny", output=str(tmp_path)))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") >= 5 and "http://" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", "").replace("http://creativecommons.org", "")  # fmt: skip
+    text = (tmp_path / "report.md").read_text()
+    assert "| metric | base | sft | rl |" in text and out["scores"][0] == ["metric", "base", "sft", "rl"]
+
+
+def test_no_record_means_a_sentence(base_dir):
+    with pytest.raises(UserError, match="train first"):
+        report.main(report.Config())
+
+
+def test_training_without_a_tokenizer_is_one_sentence(base_dir):
+    with pytest.raises(UserError, match="scripts.tok_train"):
+        base_train.main(BASE)
+
+
+def test_bad_flags_are_all_told_before_any_work(base_dir):
+    cfg = dataclasses.replace(BASE, packing="loose", compile="maybe", fp8=True, fp8_recipe="rowwise", eval_tokens=-5)
+    with pytest.raises(UserError, match="(?s)4 things.*--packing=loose.*--compile=maybe.*rowwise.*--eval-tokens=-5"):
+        base_train.main(cfg)
+    assert list(base_dir.iterdir()) == []
+
+
+def test_bad_depth_is_refused_after_the_tokenizer_but_before_any_file(here):
+    before = sorted(p.name for p in (here / "base_checkpoints").iterdir())
+    with pytest.raises(UserError, match="--depth=0"):
+        base_train.main(dataclasses.replace(BASE, depth=0, model_tag="none"))
+    assert sorted(p.name for p in (here / "base_checkpoints").iterdir()) == before
+
+
+def final_losses(base):
+    rows = record.read(base / "base_checkpoints" / "ranks" / "record.jsonl")
+    return [row["loss"] for row in rows if row["kind"] == "step"]
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns_pitfall_14(here, torchrun, tmp_path):
+    flags = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--window-pattern=L",
+             "--total-batch-size=768", "--num-iterations=20", "--eval-tokens=1024", "--core-metric-every=-1",
+             "--sample-every=-1", "--compile=off"]  # fmt: skip
+    curves, bpbs = {}, {}
+    for world, rows in ((1, 4), (2, 2), (3, 4)):
+        base = tmp_path / f"w{world}"
+        base.mkdir()
+        (base / "tokenizer").symlink_to(here / "tokenizer")
+        env = {"NANOCHAT_BASE_DIR": str(base)}
+        args = [*flags, f"--device-batch-size={rows}", "--model-tag=ranks"]
+        torchrun(world, module="scripts.base_train", args=args, env=env)
+        curves[world] = final_losses(base)
+        summary = record.read(base / "base_checkpoints/ranks/record.jsonl")[-1]
+        bpbs[world] = summary["val_bpb"]
+    for world in (2, 3):
+        assert len(curves[world]) == 20
+        for one, many in zip(curves[1], curves[world], strict=True):
+            assert abs(one - many) <= 1e-4 * one
+        assert bpbs[world] == pytest.approx(bpbs[1], rel=1e-4)
