@@ -54,7 +54,6 @@ REMEDY = "train one with `python -m scripts.tok_train`"
 LONGEST_BLANK_RUN = 100_000
 BLANK_RUN = re.compile(rf"([^\S\r\n]{{{LONGEST_BLANK_RUN}}})")
 FETCH_SECONDS = 60  # tiktoken sets no limit of its own
-SPARE_MERGES = 64  # learnt beyond the vocabulary, to replace two merges that spell the same bytes
 
 
 class Tokenizer:
@@ -93,9 +92,9 @@ class Tokenizer:
         wanted = vocab_size - len(SPECIAL_TOKENS)
         trainer = rustbpe.Tokenizer()
         pieces = (piece for text in texts for piece in _pieces(text))
-        trainer.train_from_iterator(pieces, wanted + SPARE_MERGES, pattern=PATTERN)
+        trainer.train_from_iterator(pieces, wanted, pattern=PATTERN)
         learnt = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-        ranks = list(dict.fromkeys(bytes(token) for token, _ in learnt))[:wanted]
+        ranks = [bytes(token) for token, _ in learnt]
         if len(ranks) < wanted:
             most = len(ranks) + len(SPECIAL_TOKENS)
             raise UserError(

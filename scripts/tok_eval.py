@@ -105,20 +105,27 @@ TEXTS = {"news": NEWS, "korean": KOREAN, "code": CODE, "math": MATH, "science": 
 class Config:
     """Flags of tok_eval."""
 
-    dataset: str | None = None  # corpus to sample; default: the one that the tokenizer was trained on
-    val_shard: str | None = None  # a folder's validation shard, if not the usual one
+    dataset: str = ""  # corpus to sample; empty: the one that the tokenizer was trained on
+    val_shard: str = ""  # a folder's validation shard; empty: the usual one
 
 
 def sample(corpus, split: str) -> str:
     """The first documents of a split, joined by line breaks, up to SAMPLE_CHARS characters and one pass."""
-    texts, chars, epoch = [], 0, None
-    for key, text in (document for _, documents in corpus.batches(split) for document in documents):
-        epoch = key[0] if epoch is None else epoch
-        if key[0] != epoch or chars >= SAMPLE_CHARS:
+    texts, chars = [], 0
+    for _, documents in corpus.epoch_batches(split):
+        texts += [text for _, text in documents]
+        chars += sum(len(text) for _, text in documents)
+        if chars >= SAMPLE_CHARS:
             break
-        texts.append(text)
-        chars += len(text)
     return "\n".join(texts)[:SAMPLE_CHARS]
+
+
+def open_corpus(cfg: Config, tokenizer: Tokenizer):
+    """The corpus that is asked for, else the one that the tokenizer was trained on."""
+    if cfg.dataset:
+        return dataset.open_corpus(cfg.dataset, cfg.val_shard or None)
+    known = tokenizer.meta.get("dataset") or {"dataset": "climbmix", "val_shard": None}
+    return dataset.open_corpus(known["dataset"], cfg.val_shard or known["val_shard"])
 
 
 def tokenizers(ours: Tokenizer) -> tuple[dict[str, Tokenizer], dict[str, str]]:
@@ -156,9 +163,8 @@ def main(cfg: Config) -> dict:
     """Measure and print; returns {"bytes_per_token": {tokenizer: {text: ratio}}, "missing": {tokenizer: why}, ...}."""
     # 1. tokenizer and corpus
     ours = Tokenizer.load()
-    corpus = dataset.open_corpus(cfg.dataset or ours.meta["dataset"]["dataset"], cfg.val_shard)
+    corpus = open_corpus(cfg, ours)
     texts = {**TEXTS, "train": sample(corpus, "train"), "val": sample(corpus, "val")}
-    record = Record(base_dir() / "tokenizer" / "record.jsonl", stage="tok_eval", config=cfg)
 
     # 2. measure
     found, missing = tokenizers(ours)
@@ -169,6 +175,7 @@ def main(cfg: Config) -> dict:
     sizes = {name: tokenizer.vocab_size for name, tokenizer in found.items()}
 
     # 3. summary
+    record = Record(base_dir() / "tokenizer" / "record.jsonl", stage="tok_eval", config=cfg)
     record.say(table(results, sizes))
     for sentence in missing.values():
         record.say(sentence)

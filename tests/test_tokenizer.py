@@ -200,6 +200,13 @@ def test_a_damaged_file_is_refused_with_its_remedy(tok, tmp_path, how):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+def test_a_file_of_another_version_is_told_apart_from_a_changed_one(tok, tmp_path):
+    path = tok.save(tmp_path)
+    path.write_text(broken(path, "newer"))
+    with pytest.raises(UserError, match="not a nanochat tokenizer file of version 1"):
+        Tokenizer.load(tmp_path)
+
+
 def test_bytes_that_are_no_text_are_refused(tok, tmp_path):
     path = tok.save(tmp_path)
     path.write_bytes(b"\x80\x04\x95pickle")
