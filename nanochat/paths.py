@@ -82,3 +82,44 @@ def sha256(path: Path | str) -> str:
 def free_bytes(path: Path | str) -> int:
     """Free bytes of the disk that holds `path`."""
     return shutil.disk_usage(path).free
+
+
+def fetch(url: str, path: Path, checksum: str | None = None, timeout: float = 30.0) -> Path:
+    """Download `url` to `path` unless it is there: one process at a time, whole or not at all; returns `path`.
+
+    checksum: the SHA-256 it must have. UserError: it can't be fetched, arrived in part, or is another file.
+    """
+    from filelock import FileLock
+
+    if path.exists():  # it was renamed into place, so it is whole
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            _download(url, path, checksum, timeout)
+    return path
+
+
+def _download(url: str, path: Path, checksum: str | None, timeout: float) -> None:
+    import http.client
+    import urllib.request
+
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as answer, atomic_write(path) as file:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while chunk := answer.read(1 << 20):
+                    digest.update(chunk)
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            if size and file.tell() != size:
+                raise UserError(f"{url} broke off after {file.tell():,} of {size:,} bytes: try again.")
+            if checksum not in (None, digest.hexdigest()):
+                raise UserError(
+                    f"{url} is not the file it was (SHA-256 {digest.hexdigest()}): get a known copy elsewhere."
+                )
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"{url} can't be fetched to {path} ({error}).") from error
