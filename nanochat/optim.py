@@ -6,9 +6,9 @@ this file how it moves. `muon_reference` and `adamw_reference` are the rules in 
 define correct; `MuonAdamW` does the same stacked by shape and sharded over ranks.
 
 Distribution: gradients are averaged inside `reduce()`. Muon's matrices of one shape form a stack (K, m, n) that is
-split over the ranks by whole matrices; an AdamW tensor is split as one flat vector (n,), whatever its shape. Any world size
-works: the last chunks are short or empty. Each rank keeps the state of its chunk
-only (ZeRO-1, arXiv 1910.02054), and `state()` gives whole tensors by parameter name, so a checkpoint fits any world.
+split over the ranks by whole matrices; an AdamW tensor is split as one flat vector (n,), whatever its shape. Any world
+size works: the last chunks are short or empty. Each rank keeps the state of its chunk only (ZeRO-1, arXiv 1910.02054);
+`state()` gives whole tensors by parameter name, so a checkpoint fits any world.
 
 Shape letters: K matrices of one shape m x n; s = min(m, n).
 """
@@ -101,12 +101,32 @@ def adamw_reference(p, g, m, v, t, lr, rule: AdamRule):
 
 def polar(x: torch.Tensor) -> torch.Tensor:  # (K, m, n), Frobenius norms under 1 -> (K, m, n)
     """Polar Express on a stack, on the smaller Gram side."""
-    tall = x.shape[-2] > x.shape[-1]
+    tall, (s, long) = x.shape[-2] > x.shape[-1], sorted(x.shape[-2:])
+    if long > 1.5 * s and x.device.type == "cpu" and x.dtype != torch.bfloat16:
+        return polar_by_gram(x)
     for a, b, c in POLAR_EXPRESS:
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # (K, s, s)
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)
     return x
+
+
+def polar_by_gram(x: torch.Tensor) -> torch.Tensor:  # (K, m, n), Frobenius norms under 1 -> (K, m, n)
+    """The same polynomials multiplied up as s x s matrices (they commute: all are polynomials in one Gram matrix).
+
+    With r = long/short side it costs (4r + 34) s^3 flops, not (20r + 10) s^3: half the time at 1024 x 256. It needs
+    true fp32 products; within 6e-4 of `polar` for singular values over ten decades, 1e-5 for random ones (measured).
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # (K, s, s)
+    product = None
+    for i, (a, b, c) in enumerate(POLAR_EXPRESS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)  # a I + b A + c A^2
+        product = factor if product is None else torch.bmm(product, factor)
+        if i + 1 < len(POLAR_EXPRESS):
+            gram = torch.bmm(torch.bmm(factor, gram), factor)
+    return torch.bmm(x, product) if tall else torch.bmm(product, x)
 
 
 def norms(x: torch.Tensor) -> torch.Tensor:  # (K, m, n) -> (K, 1, 1)
@@ -143,6 +163,10 @@ def cautious_(p, update, lr, weight_decay) -> None:
 # --- who owns what ------------------------------------------------------------------------------------------------
 
 
+def padded(x: torch.Tensor, length: int) -> torch.Tensor:  # (n, ...) -> (length, ...), zeros at the end
+    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])]) if len(x) < length else x
+
+
 class Split:
     """A first dimension of n cut into `world` equal chunks, the last ones short or empty; [lo, hi) is this rank's."""
 
@@ -152,20 +176,15 @@ class Split:
         self.lo = min(runtime.rank * self.chunk, n)
         self.hi = min(self.lo + self.chunk, n)
 
-    def padded(self, full: torch.Tensor) -> torch.Tensor:  # (n, ...) -> (chunk * world, ...)
-        missing = self.chunk * self.world - self.n
-        return torch.cat([full, full.new_zeros(missing, *full.shape[1:])]) if missing else full
-
     def scatter(self, full: torch.Tensor):  # (n, ...) on each rank -> (chunk, ...) sum over ranks
         """Start the reduction; returns the tensor to be filled and the handle to wait for."""
         part = full.new_empty(self.chunk, *full.shape[1:])
-        return part, dist.reduce_scatter_tensor(part, self.padded(full), async_op=True)
+        return part, dist.reduce_scatter_tensor(part, padded(full, self.chunk * self.world), async_op=True)
 
     def gather(self, part: torch.Tensor):  # (hi - lo, ...) -> (chunk * world, ...), of which the first n count
         """Start the collection of every rank's part."""
         full = part.new_empty(self.chunk * self.world, *part.shape[1:])
-        mine = torch.cat([part, part.new_zeros(self.chunk - len(part), *part.shape[1:])])
-        return full, dist.all_gather_into_tensor(full, mine, async_op=True)
+        return full, dist.all_gather_into_tensor(full, padded(part, self.chunk), async_op=True)
 
     def whole(self, part: torch.Tensor) -> torch.Tensor:  # (hi - lo, ...) -> (n, ...)
         if self.world == 1:
@@ -279,8 +298,8 @@ class AdamGroup(Group):
         if own.numel():
             adamw(
                 [own], [self.grad], [self.moments["exp_avg"]], [self.moments["exp_avg_sq"]], [],
-                [self.steps.fill_(t - 1)], fused=True, amsgrad=False, maximize=False, lr=self.lr * lr_mult, beta1=self.rule.beta1,
-                beta2=self.rule.beta2, weight_decay=self.rule.weight_decay, eps=self.rule.eps,
+                [self.steps.fill_(t - 1)], lr=self.lr * lr_mult, **self.rule._asdict(),
+                fused=True, amsgrad=False, maximize=False,
             )  # fmt: skip
         if self.runtime.world > 1:
             self.handle = self.split.gather(own)
@@ -308,7 +327,10 @@ class MuonAdamW:
     """
 
     def __init__(self, roles: Mapping[str, list], lrs: Mapping[str, float], runtime: Runtime):
-        refuse(_role_problems(roles, lrs))
+        unknown = [role for role in roles if role != "matrix" and role not in ADAM_RULES]
+        coarse = [n for pairs in roles.values() for n, p in pairs if p.dtype not in (torch.float32, torch.float64)]
+        if unknown or coarse:  # a mistake in the code: in bf16 a second moment with beta2 0.995 stands still
+            raise ValueError(f"roles without a rule: {unknown}; parameters that are not fp32 or fp64: {coarse}")
         self.runtime, self.t, self.reduced = runtime, 0, False
         dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else None  # of the polar step; else the parameters'
         shapes: dict[tuple, list] = {}
@@ -320,7 +342,9 @@ class MuonAdamW:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
+        self.reduced = False
         for group in self.groups:
+            group.grad = None
             for p in group.params:
                 p.grad = None
 
@@ -374,21 +398,6 @@ class MuonAdamW:
         self.t = int(state["step"])
         for group in self.groups:
             group.load(state)
-
-
-def _role_problems(roles, lrs) -> list[str]:
-    known = {"matrix", *ADAM_RULES}
-    found = [
-        f"the model has a role {role!r} that the optimizer has no rule for." for role in roles if role not in known
-    ]
-    found += [f"role {role!r} has no learning rate." for role in roles if role in known and role not in lrs]
-    for pairs in roles.values():
-        found += [
-            f"{name} is {p.dtype}: parameters and their moments must be fp32 or fp64 (bf16 moments stand still)."
-            for name, p in pairs
-            if p.dtype not in (torch.float32, torch.float64)
-        ]
-    return found
 
 
 def _state_problems(wanted: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,4 +292,6 @@ def compiled(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> t
     problem = compiler_problem(runtime.device)
     if problem:
         return model, f"eager: {problem}"
-    return torch.compile(model, dynamic=False), "torch.compile"
+    with warnings.catch_warnings():  # torch's own imports use what torch deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.compile(model, dynamic=False), "torch.compile"
