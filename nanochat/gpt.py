@@ -112,13 +112,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Linear(nn.Linear):
-    """A matrix without a bias, kept in fp32 and cast to the activations' dtype in each forward."""
+    """A matrix without a bias, kept in fp32 and cast to the activations' dtype in each forward.
+
+    `product` multiplies: F.linear, or kernels/fp8.py's twin of it.
+    """
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
+        self.product = F.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight.to(x.dtype))
 
     def reset_parameters(self):
         """Nothing: GPT.init_weights is the one place that gives values."""
@@ -286,13 +290,13 @@ class GPT(nn.Module):
 
         cache: the new tokens stand behind those already in it (contract in nanochat/engine.py).
         reduction: "mean" over the scored targets, "sum", or "none" for (B, T) losses, 0 where ignored.
-        last_only: only the logits of the last position, (B, 1, V), or of position last[b] of each row (last (B,) int64).
+        last_only: only the logits of the last position, (B, 1, V). last (B,) or (B, K) int64: of these positions, (B, K, V).
         """
         x = self.hidden(ids, cache)
         if targets is not None:
             return self._loss(x, targets, reduction)
         if last is not None:
-            x = x.gather(1, last.view(-1, 1, 1).expand(-1, 1, x.size(-1)))
+            x = x.gather(1, last.view(x.size(0), -1, 1).expand(-1, -1, x.size(-1)))
         elif last_only:
             x = x[:, -1:]
         return _loss_module().capped_logits(x, self.lm_head.weight, self.config.vocab_size, SOFTCAP)
