@@ -2,10 +2,11 @@
 
 Shape letters: B rows, T positions (Tq new, Tk all), H heads, Hkv key/value heads (H is a multiple of it), D head dim.
 
-A backend is a function `attend(q, k, v, window) -> y` with q, y (B, Tq, H, D) and k, v (B, Tk, Hkv, D), all of one dtype.
-Query i stands at the absolute position p = Tk - Tq + i and sees key j iff p - window <= j <= p: `window` counts the earlier
-tokens it sees besides itself, so a window of Tk - 1 or more is full causal attention. Scores are scaled by 1/sqrt(D).
-Query head h reads key/value head h // (H // Hkv). Whoever owns a cache writes k and v into it; a backend only reads.
+A backend is a function `attend(q, k, v, window) -> y` with q, y (B, Tq, H, D) and k, v (B, Tk, Hkv, D), all of one
+dtype. Query i stands at the absolute position p = Tk - Tq + i and sees key j iff p - window <= j <= p: `window`
+counts the earlier tokens it sees besides itself, so a window of Tk - 1 or more is full causal attention. Scores are
+scaled by 1/sqrt(D). Query head h reads key/value head h // (H // Hkv). Whoever owns a cache writes k and v into it; a
+backend only reads.
 
 A backend is a file in `kernels/`, imported when asked for, with `needs(device, dtype) -> reason | None` and `attend`.
 """
@@ -62,7 +63,7 @@ def load(name: str):
 
 
 def choose(device: torch.device | str, dtype: torch.dtype, name: str = "auto") -> Backend:
-    """The first backend that can run on this device in this dtype; one asked for by name is used or refused (UserError).
+    """The first backend that can run on this device in this dtype; one asked for by name is used, or a UserError.
 
     Nothing is fetched for a backend that is not about to be chosen (pitfall 17): flash3's `needs` downloads its pinned
     kernel only after all else holds, and says in one line why it could not.

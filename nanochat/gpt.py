@@ -1,12 +1,13 @@
 """The GPT: its configuration, every parameter's first value, and the forward pass. No optimizer, no prints, no globals.
 
-A decoder-only Transformer (arXiv 1706.03762) with the modern changes, each small enough to read here: rotary positions
-(RoFormer, arXiv 2104.09864), RMS norms without weights, QK norm, ReLU^2 (Primer, arXiv 2109.08668), grouped key/value heads
-(arXiv 2305.13245), sliding windows, value embeddings (ResFormer, arXiv 2410.17897), soft-capped logits (Gemma 2,
-arXiv 2408.00118), and from the modded-nanogpt speedruns: scaled residual stream, smear and backout.
+A decoder-only Transformer (arXiv 1706.03762) with the modern changes, each small enough to read here: rotary
+positions (RoFormer, arXiv 2104.09864), RMS norms without weights, QK norm, ReLU^2 (Primer, arXiv 2109.08668), grouped
+key/value heads (arXiv 2305.13245), sliding windows, value embeddings (ResFormer, arXiv 2410.17897), soft-capped
+logits (Gemma 2, arXiv 2408.00118), and from the modded-nanogpt speedruns: scaled residual stream, smear and backout.
 
 Shape letters: B rows, T positions, C width, H heads, Hkv key/value heads, D head dim, V vocabulary, L layers.
-Parameters are fp32; activations are in `model.compute_dtype` and each weight is cast where it is used. Logits and loss are fp32.
+Parameters are fp32; activations are in `model.compute_dtype` and each weight is cast where it is used. Logits and
+loss are fp32.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The language-model loss without the logits: head, soft cap and cross-entropy in chunks of rows (pitfall 18).
 
-The whole matrix of fp32 logits, B x T x V x 4 bytes and its copies, would be the largest tensor of a training step. Here a
-chunk of rows at a time is projected, capped, scored, and turned at once into its gradient (d loss / d hidden and its share
-of d loss / d weight), so only one chunk of logits is ever alive and nothing is computed twice.
+The whole matrix of fp32 logits, B x T x V x 4 bytes and its copies, would be the largest tensor of a training step.
+Here a chunk of rows at a time is projected, capped, scored, and turned at once into its gradient (d loss / d hidden
+and its share of d loss / d weight), so only one chunk of logits is ever alive and nothing is computed twice.
 
-Shape letters: N = B T rows of hidden, C width, V vocabulary (the first V rows of the head's weight; the rest is padding).
-`plain` is the slow twin and defines what is right.
+Shape letters: N = B T rows of hidden, C width, V vocabulary (the first V rows of the head's weight; the rest is
+padding). `plain` is the slow twin and defines what is right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Attention by torch's scaled_dot_product_attention: runs on every device, never builds a dense T x T mask.
 
-Full causal attention is one call with `is_causal`. Everything else (a window, or new tokens behind a cache) goes in blocks
-of queries, each against the slice of keys that it can see: a mask then has at most BLOCK x (BLOCK + window) entries.
+Full causal attention is one call with `is_causal`. Everything else (a window, or new tokens behind a cache) goes in
+blocks of queries, each against the slice of keys that it can see: a mask then has at most BLOCK x (BLOCK + window)
+entries.
 """
 
 from __future__ import annotations
