@@ -166,7 +166,7 @@ def settle_batch(wanted: int, given: bool, rows: int, sequence_len: int, world: 
         other = f", or --device-batch-size={fitted_rows}" if batch == wanted else ""
         raise UserError(
             f"--total-batch-size={wanted} is not a multiple of {unit} tokens ({rows} rows x {sequence_len} x {world} "
-            f"ranks): the nearest that is is {nearest_batch(wanted, rows, sequence_len, world)}{other}."
+            f"ranks): the nearest one that divides is {nearest_batch(wanted, rows, sequence_len, world)}{other}."
         )
     note = (
         f"device batch size {fitted_rows} instead of {rows}, so that {world} rank(s) share a batch of {batch:,} tokens"

@@ -10,7 +10,7 @@ from nanochat import scaling
 from nanochat.errors import UserError
 
 V = 32768
-# depth: (width, heads, total M, N M, tokens B, batch, iterations, lr multiplier, weight decay): reference.md section 3, H
+# depth: (width, heads, total M, N M, tokens B, batch, iterations, lr multiplier, weight decay); reference.md section 3
 TABLE = {
     4: (256, 2, 36.70, 11.53, 0.138, 262_144, 528, 0.707, 1.890),
     6: (384, 3, 73.53, 23.20, 0.278, 262_144, 1_062, 0.707, 0.940),
@@ -96,7 +96,7 @@ def test_derived_values_follow_the_horizon_that_is_used_pitfall_24():
     assert short.horizon == "num_iterations" and short.iterations == 200
     assert short.batch < by_ratio.batch and short.lrs["matrix"] < by_ratio.lrs["matrix"]
     assert short.weight_decay > by_ratio.weight_decay
-    assert short.batch == pytest.approx(scaling.best_batch(short.tokens, 10.5 * 110.1e6), rel=1.01)
+    assert 0.5 <= short.batch / scaling.best_batch(short.tokens, 10.5 * 110.1e6) <= 2  # both are powers of two
     flops = scaling.plan(12, vocab_size=V, target_flops=by_ratio.flops / 8)
     assert flops.horizon == "target_flops" and flops.flops == pytest.approx(by_ratio.flops / 8, rel=0.01)
     assert flops.batch < by_ratio.batch
@@ -156,9 +156,9 @@ def test_depth_4_on_eight_ranks_keeps_its_batch_pitfall_13():
 
 
 def test_a_given_batch_that_does_not_divide_names_the_nearest():
-    with pytest.raises(UserError, match="--total-batch-size=100000 .* nearest that is is 131072"):
+    with pytest.raises(UserError, match="--total-batch-size=100000 .* nearest one that divides is 131072"):
         scaling.plan(4, vocab_size=V, total_batch_size=100_000)
-    with pytest.raises(UserError, match="nearest that is is 589824"):
+    with pytest.raises(UserError, match="nearest one that divides is 589824"):
         scaling.plan(4, vocab_size=V, total_batch_size=524_288, world=3)
     with pytest.raises(UserError, match="or --device-batch-size=4"):
         scaling.plan(4, vocab_size=V, total_batch_size=8192)
