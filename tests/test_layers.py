@@ -14,7 +14,7 @@ LAYERS = [
     {"kernels"},
     {"attention", "gpt", "cost"},
     {"optim", "schedule", "scaling", "train"},
-    {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "dataloader"},
+    {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "resume"},
     {"sampling", "tools", "sandbox", "execution", "engine", "loss_eval", "core_eval", "chat_eval", "report"},
     {"serve"},
