@@ -16,7 +16,8 @@ LAYERS = [
     {"optim", "schedule", "scaling", "train"},
     {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "resume"},
-    {"sampling", "tools", "sandbox", "execution", "engine", "loss_eval", "core_eval", "chat_eval", "report"},
+    {"sampling", "tools", "streaming", "kvcache", "engine", "sandbox", "execution"},
+    {"loss_eval", "core_eval", "chat_eval", "report"},
     {"serve"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
