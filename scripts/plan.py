@@ -1,4 +1,4 @@
-"""What a depth would take, before it is trained: size, tokens, batch, rates, memory, time. The numbers are the trainer's.
+"""What a depth takes, before it is trained: size, tokens, batch, rates, memory, time. The numbers are the trainer's.
 
     python -m scripts.plan --depth=24 --target-param-data-ratio=8 --gpus=8 --gpu=h100
     python -m scripts.plan --hours=5 --gpus=1          # the largest depth that fits the memory and the time here
@@ -80,7 +80,7 @@ def main(cfg: Config) -> dict:
     lines = [
         ("depth", f"{row['depth']}: width {plan.config.n_embd}, {plan.config.n_head} heads"),
         ("parameters", f"{plan.parameters['total'] / 1e6:,.2f} M, {plan.parameters['scaling'] / 1e6:,.2f} M scaling"),
-        ("tokens", f"{plan.tokens / 1e9:.3f} B in {plan.iterations:,} steps of {plan.batch:,}; about {row['shards']} shards"),
+        ("tokens", f"{plan.tokens / 1e9:.3f} B in {plan.iterations:,} steps of {plan.batch:,}, {row['shards']} shards"),
         ("FLOPs", f"{plan.flops:.3g} ({plan.flops_per_token:.3g} a token)"),
         ("rates", f"x {plan.lr_mult:.3f}, decay {plan.weight_decay:.4g}, {plan.warmup_steps} warm-up steps"),
         ("memory", ", ".join(f"{name} {size / 2**30:.1f}" for name, size in part.items()) + " GiB (estimate)"),
