@@ -14,6 +14,7 @@ not count. No pickle: tensors are safetensors, all else is strict JSON. The scri
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanochat import paths
+from nanochat import paths, record
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
@@ -59,7 +60,8 @@ def save(root: Path, step: int, *, model: torch.nn.Module, optimizer=None, meta:
     moments = optimizer.state() if optimizer is not None else None  # collective
     with _together(runtime, tmp):
         if runtime.main:
-            shutil.rmtree(tmp, ignore_errors=True)
+            for stale in (tmp, final.with_name(f".old-{final.name}")):
+                shutil.rmtree(stale, ignore_errors=True)
             tmp.mkdir(parents=True)
     with _together(runtime, tmp):
         _write_json(tmp / f"rank_{runtime.rank}.json", dict(rank_state or {}))
@@ -69,7 +71,7 @@ def save(root: Path, step: int, *, model: torch.nn.Module, optimizer=None, meta:
         if runtime.main:
             _seal(tmp, final)
     if runtime.main and keep:
-        prune(root, keep)
+        prune(root, keep, step)
     return final
 
 
@@ -100,12 +102,8 @@ def _why(error: Exception, tmp: Path) -> str:
 
 def _write_rest(tmp: Path, step: int, model, moments, meta, world: int) -> None:
     meta = {**meta, "format": FORMAT, "step": step, "world": world}
-    labels = {
-        "format": "nanochat",
-        "step": str(step),
-        "stage": str(meta.get("stage")),
-        "tokenizer": str(meta.get("tokenizer")),
-    }
+    label = {name: meta.get(name) for name in ("stage", "step", "tokenizer")}
+    labels = {"nanochat": json.dumps(label)}  # one key: with several, safetensors writes them in a random order
     _write_tensors(tmp / "model.safetensors", model.state_dict(), labels)
     if moments is not None:
         _write_tensors(tmp / "optim.safetensors", moments, labels)
@@ -120,7 +118,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], labels: dict
 
 def _write_json(path: Path, value: Any) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
+        json.dump(record.plain(value), file, indent=1, allow_nan=False)  # not finite -> null: no save is lost to a NaN
         file.flush()
         os.fsync(file.fileno())
 
@@ -129,22 +127,41 @@ def _seal(tmp: Path, final: Path) -> None:
     """Write the manifest, make the folder durable, give it its name."""
     names = sorted(p.name for p in tmp.iterdir())
     files = {name: {"bytes": (tmp / name).stat().st_size, "sha256": paths.sha256(tmp / name)} for name in names}
-    _write_json(tmp / "manifest.json", {"format": FORMAT, "files": files})
+    _write_json(tmp / "manifest.json", {"format": FORMAT, "files": files, "sha256": _digest(files)})
     paths.sync_folder(tmp)
+    before = final.with_name(f".old-{final.name}")
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, before)
     os.replace(tmp, final)
     paths.sync_folder(final.parent)
+    paths.sync_folder(final.parent.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
-def prune(root: Path, keep: int) -> list[int]:
-    """Remove all complete steps but the newest `keep` (at least one stays); returns the removed ones."""
-    removed = complete_steps(root)[: -max(keep, 1)]
+def _digest(files: dict[str, dict]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def prune(root: Path, keep: int, written: int | None = None) -> list[int]:
+    """Remove complete steps but the newest `keep` (at least one) and the one just `written`; returns the removed."""
+    removed = [step for step in complete_steps(root)[: -max(keep, 1)] if step != written]
     for step in removed:
         path = root / f"step_{step:06d}"
         (path / "manifest.json").unlink()  # from here on it does not count, wherever the removal stops
         shutil.rmtree(path)
     return removed
+
+
+def set_aside(root: Path) -> Path | None:
+    """Move an earlier run's checkpoints into `root/before_<n>`: a run that starts afresh must not resume from them."""
+    earlier = [p for p in sorted(root.glob("*step_*")) if STEP.fullmatch(p.name.removeprefix(".tmp-"))]
+    if not earlier:
+        return None
+    target = root / f"before_{1 + len(list(root.glob('before_*')))}"
+    target.mkdir()
+    for path in earlier:
+        os.replace(path, target / path.name)
+    return target
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -162,7 +179,7 @@ def leftovers(root: Path) -> list[str]:
     """A sentence for each half checkpoint under `root`: it is ignored, and replaced or removed by hand."""
     if not root.is_dir():
         return []
-    half = [p for p in sorted(root.iterdir()) if p.name.startswith(".tmp-step_")]
+    half = [p for p in sorted(root.iterdir()) if p.name.startswith((".tmp-step_", ".old-step_"))]
     half += [p for p in sorted(root.iterdir()) if STEP.fullmatch(p.name) and not (p / "manifest.json").is_file()]
     return [f"{p} is half a checkpoint (the save was interrupted): ignored, it can be removed." for p in half]
 
@@ -235,11 +252,13 @@ def load(path: Path | str) -> "Checkpoint":
     if not (path / "manifest.json").is_file():
         raise UserError(f"{path} is not a complete checkpoint (it has no manifest.json): choose another step.")
     manifest = paths.read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"{path / 'manifest.json'} is damaged: remove {path} and resume from an older step.")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT}: update nanochat.")
-    checkpoint = Checkpoint(path, manifest["files"])
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise UserError(f"{path / 'manifest.json'} has format {found}, this version reads {FORMAT}: update nanochat.")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or manifest.get("sha256") != _digest(files):
+        raise UserError(f"{path / 'manifest.json'} is damaged: remove {path} and use an older step.")
+    checkpoint = Checkpoint(path, files)
     checkpoint.meta = paths.read_json(checkpoint.checked("meta.json"))
     return checkpoint
 
@@ -352,9 +371,8 @@ def build_model(source: str | Path, tag: str | None = None, step: int | None = N
     checkpoint = load(source if isinstance(source, Path) else find(source, tag, step))
     tokenizer = Tokenizer.load()
     check_tokenizer(checkpoint, tokenizer)
-    with torch.device("meta"):
+    with torch.device(device):  # not "meta" and to_empty(): that imports seconds' worth of torch
         model = GPT(GPTConfig(**checkpoint.meta["config"]), attend=attend)
-    model.to_empty(device=device)
     restore(model, checkpoint.weights(device), checkpoint.path)
     model.compute_dtype = dtype
     return model.eval(), tokenizer, checkpoint.meta
