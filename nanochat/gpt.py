@@ -43,8 +43,8 @@ class GPTConfig:
     n_head: int = 6  # query heads
     n_kv_head: int = 6  # key/value heads: a divisor of n_head
     n_embd: int = 768  # width C
-    # One entry a layer, repeated over the layers, the last layer always L: L sees the whole context, S the last quarter of it
-    # (rounded up to 128 tokens). A list such as "256,1024,L" gives windows in tokens.
+    # One entry a layer, repeated over the layers, the last layer always L: L sees the whole context, S the last quarter
+    # of it (rounded up to 128 tokens). A list such as "256,1024,L" gives windows in tokens.
     window_pattern: str = "SSSL"
 
     def __post_init__(self):
@@ -73,7 +73,7 @@ class GPTConfig:
 
     @property
     def short_window(self) -> int:
-        """Tokens that an S layer sees behind a token: a quarter of the context, rounded up to 128, at most all of it."""
+        """Tokens an S layer sees behind a token: a quarter of the context, rounded up to 128, at most all of it."""
         quarter = -(-self.sequence_len // 4)
         return min(-(-quarter // SHORT_MULTIPLE) * SHORT_MULTIPLE, self.sequence_len)
 
@@ -107,7 +107,10 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: channel d pairs with d + D/2 and turns by minus the angle. x (B, T, H, D); cos, sin (1|B, T, 1, D/2)."""
+    """Rotary positions: channel d pairs with d + D/2 and turns by minus the angle.
+
+    x (B, T, H, D); cos, sin (1|B, T, 1, D/2).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
@@ -192,7 +195,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. `GPT(config)` may be built under torch.device("meta"), then `.to_empty(device=...)` and `.init_weights()`.
+    """The model. It may be built under torch.device("meta"), then `.to_empty(device=...)` and `.init_weights()`.
 
     attend: the attention backend's function (attention.choose(...).attend); None means SDPA, which runs everywhere.
     compute_dtype: dtype of the activations while the parameters are fp32; parameters in another dtype (model.double(),
@@ -226,20 +229,19 @@ class GPT(nn.Module):
         """The (2, sequence_len, D/2) cos and sin table, computed in fp64, on the parameters' device."""
         device, dtype = self.lm_head.weight.device, torch.promote_types(self.lm_head.weight.dtype, torch.float32)
         half = self.config.head_dim // 2
-        with torch.device(device):
-            speed = ROPE_BASE ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
-            angle = torch.arange(self.config.sequence_len, dtype=torch.float64, device="cpu")[:, None] * speed
-            self.rope = torch.stack([angle.cos(), angle.sin()]).to(device=device, dtype=dtype)
+        speed = ROPE_BASE ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
+        angle = torch.arange(self.config.sequence_len, dtype=torch.float64, device="cpu")[:, None] * speed
+        self.rope = torch.stack([angle.cos(), angle.sin()]).to(device=device, dtype=dtype)
 
     def _apply(self, fn, recurse=True):
-        """Moving or casting the model makes the rotary table anew, so to_empty() cannot leave it unset, nor bf16 round it."""
+        """Moving or casting the model makes the rotary table anew, so that it is never unset or rounded."""
         super()._apply(fn, recurse)
         self._fill_rope()
         return self
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
-        """Give every parameter its first value (a test proves that none is missed). seed None: torch's global generator."""
+        """Give every parameter its first value (a test proves that none is missed). seed None: the global generator."""
         device = self.lm_head.weight.device
         random = None if seed is None else torch.Generator(device).manual_seed(seed)
         bound = math.sqrt(3 / self.config.n_embd)  # a uniform of this bound has standard deviation 1/sqrt(C)
@@ -267,7 +269,7 @@ class GPT(nn.Module):
         self.backout_lambda.fill_(0.2)
 
     def roles(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """What each parameter is, each named once: the optimizer says how a role moves, the model knows no optimizer."""
+        """What each parameter is, each listed once. How a role moves is the optimizer's to say."""
         places = (
             ("matrix", "transformer.h."),
             ("embedding", "transformer.wte."),
@@ -291,7 +293,8 @@ class GPT(nn.Module):
 
         cache: the new tokens stand behind those already in it (contract in nanochat/engine.py).
         reduction: "mean" over the scored targets, "sum", or "none" for (B, T) losses, 0 where ignored.
-        last_only: only the logits of the last position, (B, 1, V). last (B,) or (B, K) int64: of these positions, (B, K, V).
+        last_only: only the logits of the last position, (B, 1, V). last (B,) or (B, K) int64: those of these positions
+        of each row, (B, K, V), K = 1 for (B,).
         """
         x = self.hidden(ids, cache)
         if targets is not None:
@@ -334,7 +337,7 @@ class GPT(nn.Module):
         return x + gate * previous
 
     def _rope(self, ids, cache):
-        """(cos, sin), each (1|B, T, 1, D/2), of the tokens' absolute positions; a position past the context is refused."""
+        """(cos, sin), each (1|B, T, 1, D/2), of the tokens' absolute positions; one past the context is refused."""
         limit, dtype = self.config.sequence_len, self._activation_dtype()
         if cache is None:
             _check_position(ids.size(1), limit)
@@ -365,7 +368,8 @@ class GPT(nn.Module):
 def _check_position(length: int, limit: int) -> None:
     if length > limit:
         raise UserError(
-            f"{length} tokens do not fit the model's context of {limit}: shorten the text, or train with a longer --max-seq-len."
+            f"{length} tokens do not fit the model's context of {limit}: "
+            "shorten the text, or train with a longer --max-seq-len."
         )
 
 

@@ -74,7 +74,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """F.linear in fp8: x (..., K), weight (N, K) of the same dtype -> (..., N). Rows not a multiple of 16 go unquantised."""
+    """F.linear in fp8: x (..., K), weight (N, K) of the same dtype -> (..., N). M not a multiple of 16: unquantised."""
     rows = x.numel() // x.size(-1)
     if rows % MULTIPLE:
         return F.linear(x, weight)
@@ -95,7 +95,8 @@ def convert(model: nn.Module, recipe: str = "tensorwise", simulate: bool = False
     reason = None if simulate else needs(next(model.parameters()).device)
     if reason:
         raise UserError(f"--fp8 cannot be used here: {reason}; leave the flag out.")
-    chosen = [(name, m) for name, m in model.transformer.h.named_modules() if hasattr(m, "product") and _fits(m.weight)]
+    linears = [(name, m) for name, m in model.transformer.h.named_modules() if hasattr(m, "product")]
+    chosen = [(name, linear) for name, linear in linears if _fits(linear.weight)]
     if not chosen:
         raise UserError(
             f"--fp8 has nothing to do: no matrix has both sides of at least {SMALLEST}; leave the flag out."

@@ -1,27 +1,32 @@
 """The language-model loss without the logits: head, soft cap and cross-entropy in chunks of rows (pitfall 18).
 
 The whole matrix of fp32 logits, B x T x V x 4 bytes and its copies, would be the largest tensor of a training step.
-Here a chunk of rows at a time is projected, capped, scored, and turned at once into its gradient (d loss / d hidden
-and its share of d loss / d weight), so only one chunk of logits is ever alive and nothing is computed twice.
+Here a chunk of rows at a time is projected, capped and scored, and turned at once into its gradient (d loss / d hidden
+and its share of d loss / d weight), so only one chunk of logits is ever alive and nothing is computed twice. The cap
+bounds a logit, so exp needs no maximum taken off first: exp(15) V stays far below fp32's largest number.
 
 Shape letters: N = B T rows of hidden, C width, V vocabulary (the first V rows of the head's weight; the rest is
-padding). `plain` is the slow twin and defines what is right.
+padding), n rows of a chunk. `plain` is the slow twin and defines what is right.
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 IGNORE = -1  # a target that is not scored
-CHUNK = 1024  # rows a chunk: 1024 x 32768 fp32 logits are 128 MiB [measured: see dev/bench]
+CHUNK = 1024  # rows a chunk: 1024 x 32768 fp32 logits are 128 MiB
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64: the dtype of logits and losses."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def capped_logits(hidden: torch.Tensor, weight: torch.Tensor, vocab: int, cap: float) -> torch.Tensor:
     """hidden (..., C), weight (Vpadded, C) -> logits (..., vocab), fp32 (fp64 for fp64): cap * tanh(z / cap)."""
     z = F.linear(hidden, weight.to(hidden.dtype))[..., :vocab]
-    return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+    return cap * torch.tanh(z.to(_wide(z.dtype)) / cap)
 
 
 def plain(hidden, weight, targets, vocab: int, cap: float, reduction: str = "mean") -> torch.Tensor:
@@ -37,23 +42,36 @@ def _count(targets: torch.Tensor) -> torch.Tensor:
     return (targets != IGNORE).sum().clamp(min=1)
 
 
+def _score(rows, weight, target, vocab, cap):
+    """A chunk: rows (n, C), weight (Vpadded, C), target (n,) -> (losses (n,), their gradients by the uncapped logits)."""
+    z = F.linear(rows, weight)
+    column = torch.arange(z.size(1), device=z.device)
+    tanh = torch.tanh(z.to(_wide(z.dtype)) / cap)  # (n, Vpadded)
+    scored, index = (target != IGNORE).unsqueeze(1), target.clamp(min=0).unsqueeze(1)  # (n, 1)
+    weights = torch.exp(cap * tanh)
+    if vocab < z.size(1):
+        weights = torch.where(column < vocab, weights, 0.0)
+    total = weights.sum(-1, keepdim=True)  # (n, 1)
+    loss = torch.where(scored, total.log() - cap * tanh.gather(1, index), 0.0).squeeze(1)
+    grad = (weights / total - (column == index).to(tanh.dtype)) * (1 - tanh * tanh)
+    return loss, torch.where(scored, grad, 0.0).to(rows.dtype)
+
+
 class _Chunked(torch.autograd.Function):
-    """Summed loss; the gradient is made in the forward and only scaled in the backward."""
+    """Summed loss; its gradient is made in the forward and only scaled in the backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab, cap, chunk):
-        cast = weight.to(hidden.dtype)
-        total_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=total_dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        used = weight.to(hidden.dtype)
+        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        grad_hidden, grad_weight = [], torch.zeros_like(weight)
         for start in range(0, hidden.size(0), chunk):
-            rows, target = hidden[start : start + chunk], targets[start : start + chunk]
-            loss, grad = _score(rows, cast[:vocab], target, cap)
-            total = total + loss
-            grad_hidden[start : start + chunk] = grad @ cast[:vocab]
-            grad_weight[:vocab] += (grad.T @ rows).to(weight.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            rows = hidden[start : start + chunk]
+            loss, grad = _score(rows, used, targets[start : start + chunk], vocab, cap)
+            total = total + loss.sum()
+            grad_hidden.append(grad @ used)
+            grad_weight += grad.T @ rows
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
         return total
 
     @staticmethod
@@ -62,39 +80,47 @@ class _Chunked(torch.autograd.Function):
         return grad_hidden * upstream.to(grad_hidden.dtype), grad_weight * upstream.to(grad_weight.dtype), *[None] * 4
 
 
-def _score(rows, weight, target, cap):
-    """One chunk: the sum of its losses, and d loss / d (uncapped logits) in the dtype of `rows`, (n, V)."""
-    z = F.linear(rows, weight)  # (n, V)
-    tanh = torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
-    logp = torch.log_softmax(cap * tanh, dim=-1)
-    scored = (target != IGNORE)[:, None]
-    index = target.clamp(min=0)[:, None]  # (n, 1)
-    loss = -(logp.gather(1, index) * scored).sum()
-    onehot = torch.arange(weight.size(0), device=rows.device)[None, :] == index
-    grad = (logp.exp() - onehot.to(logp.dtype)) * (1 - tanh * tanh) * scored
-    return loss, grad.to(rows.dtype)
+class _PerRow(torch.autograd.Function):
+    """Each row's loss; its gradient, which hangs on what each loss is multiplied by, is made in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, vocab, cap, chunk):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.options = vocab, cap, chunk
+        return _per_row(hidden, weight, targets, vocab, cap, chunk)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, targets = ctx.saved_tensors
+        vocab, cap, chunk = ctx.options
+        used, grad_hidden, grad_weight = weight.to(hidden.dtype), [], torch.zeros_like(weight)
+        for start in range(0, hidden.size(0), chunk):
+            rows, factor = hidden[start : start + chunk], upstream[start : start + chunk].unsqueeze(1)
+            grad = _score(rows, used, targets[start : start + chunk], vocab, cap)[1] * factor.to(rows.dtype)
+            grad_hidden.append(grad @ used)
+            grad_weight += grad.T @ rows
+        return torch.cat(grad_hidden), grad_weight, *[None] * 4
 
 
 def linear_cross_entropy(hidden, weight, targets, vocab: int, cap: float, reduction: str = "mean", chunk: int = CHUNK):
     """hidden (N, C), weight (Vpadded, C), targets (N,) with -1 = ignored -> loss, fp32 (fp64 for fp64 inputs).
 
-    "mean" (over the scored targets; 0 when there is none) and "sum" make the gradient in the forward; "none" gives (N,),
-    0 where ignored, and recomputes each chunk in the backward. At most chunk x V logits are alive.
+    "mean" (over the scored targets; 0 when there is none) and "sum" make the gradient in the forward; "none" gives
+    (N,), 0 where ignored, and recomputes each chunk in the backward. At most chunk x V logits are alive.
     """
-    if reduction == "none":
-        return _per_row(hidden, weight, targets, vocab, cap, chunk)
+    arguments = (hidden, weight, targets, vocab, cap, chunk)
     if not torch.is_grad_enabled():
-        total = _per_row(hidden, weight, targets, vocab, cap, chunk).sum()
+        losses = _per_row(*arguments)
+    elif reduction == "none":
+        losses = _PerRow.apply(*arguments)
     else:
-        total = _Chunked.apply(hidden, weight, targets, vocab, cap, chunk)
-    return total / _count(targets) if reduction == "mean" else total
+        losses = _Chunked.apply(*arguments)
+    if reduction == "none":
+        return losses
+    return losses.sum() / _count(targets) if reduction == "mean" else losses.sum()
 
 
 def _per_row(hidden, weight, targets, vocab, cap, chunk):
-    """(N,) losses; under grad a chunk keeps its inputs only."""
-    pieces = []
-    for start in range(0, hidden.size(0), chunk):
-        arguments = (hidden[start : start + chunk], weight, targets[start : start + chunk], vocab, cap, "none")
-        keep = not torch.is_grad_enabled()
-        pieces.append(plain(*arguments) if keep else checkpoint(plain, *arguments, use_reentrant=False))
-    return torch.cat(pieces)
+    """(N,) losses without a graph, a chunk of logits at a time."""
+    starts = range(0, hidden.size(0), chunk)
+    return torch.cat([plain(hidden[i : i + chunk], weight, targets[i : i + chunk], vocab, cap, "none") for i in starts])
