@@ -112,38 +112,42 @@ class Corpus:
         return self
 
     def batches(
-        self, split: str, start: Position | None = None, lane: int = 0, lanes: int = 1
+        self, split: str, start: Position | None = None, lane: int = 0, lanes: int = 1, size: int = BATCH
     ) -> Iterator[tuple[Position, Docs]]:
         """The endless stream, epoch after epoch, as (position, documents); `start=position` continues after that one.
 
-        About 128 documents at a time. The d-th document of the whole stream belongs to lane d % lanes; only the
-        documents of `lane` are given (and read). UserError: a whole pass finds no document.
+        The d-th document of the whole stream belongs to lane d % lanes; only the documents of `lane` are given (and
+        read), about `size` at a time. UserError: a whole pass finds no document.
         """
         begin = start or START
         while True:
             last = begin
-            for last, docs in self._rest_of_epoch(split, begin, lane, lanes):
+            for last, docs in self._rest_of_epoch(split, begin, lane, lanes, size):
                 yield last, docs
             if begin["shard"] == begin["index"] == 0 and last is begin:
                 raise UserError(f"The {split} split of {self.name} has no documents: all its shards are empty.")
             begin = last | {"epoch": last["epoch"] + 1, "shard": 0, "index": 0}
 
-    def epoch_batches(self, split: str, lane: int = 0, lanes: int = 1) -> Iterator[tuple[Position, Docs]]:
+    def epoch_batches(
+        self, split: str, lane: int = 0, lanes: int = 1, size: int = BATCH
+    ) -> Iterator[tuple[Position, Docs]]:
         """One finite pass, as `batches` gives it."""
-        yield from self._rest_of_epoch(split, START, lane, lanes)
+        yield from self._rest_of_epoch(split, START, lane, lanes, size)
 
     def read(self, split: str, key: Key) -> str:
         """The text of one document, by the key that came with it."""
         _, shard, index = key
         return self.texts(split, shard, range(index, index + 1))[0]
 
-    def _rest_of_epoch(self, split: str, start: Position, lane: int, lanes: int) -> Iterator[tuple[Position, Docs]]:
+    def _rest_of_epoch(
+        self, split: str, start: Position, lane: int, lanes: int, size: int
+    ) -> Iterator[tuple[Position, Docs]]:
         epoch, seen = start["epoch"], start["documents"]
         for shard in range(start["shard"], len(self.shards(split))):
             done = start["index"] if shard == start["shard"] else 0
             for first, last in self.spans(split, shard):
-                for begin in range(max(first, done), last, BATCH * lanes):
-                    end = min(begin + BATCH * lanes, last)
+                for begin in range(max(first, done), last, size * lanes):
+                    end = min(begin + size * lanes, last)
                     own = range(begin + (lane - seen) % lanes, end, lanes)
                     docs = [((epoch, shard, i), text) for i, text in zip(own, self.texts(split, shard, own))]
                     seen += end - begin
