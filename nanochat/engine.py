@@ -168,7 +168,7 @@ class Engine:
             raise UserError("The prompt is empty: give at least one token, such as bos.")
         if len(ids) >= self.max_len:
             raise UserError(
-                f"The prompt has {len(ids)} tokens, but with a reply at most {self.max_len} fit the context: shorten it."
+                f"The prompt has {len(ids)} tokens and the context holds {self.max_len}, with the reply: shorten it."
             )
         if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
             raise UserError(f"The prompt has a token outside the vocabulary of {self.model.config.vocab_size}.")
@@ -183,18 +183,20 @@ class Engine:
             sequence._text, sequence._stops = TextStream(self.tokenizer), StopFinder(sampling.stop)
         return sequence
 
+    @torch.inference_mode()
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence now, whatever it is doing: no further forward includes it. Nothing if it has ended."""
         if sequence.finished:
             return
         sequence.finished = "cancelled"
+        if sequence in self.running:
+            self._leave(self.running.index(sequence))
+            return
+        sequence.prompt.waiting -= 1
         if sequence is self.reading:
             self.reading = None
-        elif sequence in self.running:
-            self._leave(self.running.index(sequence))
         else:
             self.waiting.remove(sequence)
-            sequence.prompt.waiting -= 1
 
     def complete(
         self, prompts, sampling: Sampling | list[Sampling] | None = None, n: int = 1

@@ -1,10 +1,10 @@
 """Keys and values of the sequences in flight: one slot a sequence, grown as it is needed.
 
 `SlotCache` owns the memory; `SlotCache.view(...)` gives the model the few slots of one forward through the contract of
-nanochat/gpt.py: `positions`, `attend`, `previous`. A view takes either one new token a row, rows of any length (decode),
-or many new tokens a row behind the same number of old ones (prefill: fresh rows padded on the right, or one row's next
-chunk). What padding writes lies past a row's length and is overwritten before anything can see it. Who calls the model
-then reports the new lengths with `advance`.
+nanochat/gpt.py: `positions`, `attend`, `previous`. A view takes either one new token a row, rows of any length
+(decode), or many new tokens a row behind equally many old ones (prefill: fresh rows padded on the right, or one row's
+next chunk). What padding writes lies past a row's length and is overwritten before anything can see it. Who calls the
+model then reports the new lengths with `advance`.
 
 Shape letters: L layers, S slots, B rows of a forward, T new positions, Tk positions attended, H heads, Hkv key/value
 heads, D head dim, C width.
@@ -48,12 +48,15 @@ class SlotCache:
         self.lengths[target] = length
 
     def room(self, layer: int, slots: int, length: int, like: torch.Tensor) -> torch.Tensor:
-        """The layer's memory, at least (2, slots, Hkv, length, D); doubled when too small. like: (..., Hkv, ., D)."""
+        """The layer's memory, at least (2, slots, Hkv, length, D); doubled when too small. like: (..., Hkv, ., D).
+
+        New memory is zero, not left as found: a NaN there would pass through a mask's weight of 0.
+        """
         if layer == len(self.layers):
             self.layers.append(like.new_empty(2, 0, like.size(-3), 0, like.size(-1)))
         memory = self.layers[layer]
         if slots > memory.size(1) or length > memory.size(3):
-            bigger = memory.new_empty(
+            bigger = memory.new_zeros(
                 2,
                 _doubled(memory.size(1), slots, 1, self.slots),
                 memory.size(2),
@@ -103,7 +106,7 @@ class View:
         return self._positions
 
     def previous(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, C) normed embeddings -> (B, 1, C): the token before each row's first new one, zeros at position 0."""
+        """x (B, T, C) normed embeddings -> (B, 1, C) of the token before each row's first new one: 0 for none."""
         memory = self.cache.last_rows(self.end, x)[self.first : self.end]
         before = memory.unsqueeze(1).clone() if any(self.starts) else torch.zeros_like(x[:, :1])
         if self.decode:
@@ -148,7 +151,7 @@ class View:
         return self._index
 
     def _mask(self, window: int, low: int, stop: int, q: torch.Tensor) -> torch.Tensor | None:
-        """(B, 1, 1, stop - low) of 0 and -inf, or None when every row sees every key: made once a window and forward."""
+        """(B, 1, 1, stop - low) of 0 and -inf, made once a forward; None when every row sees every key."""
         if min(self.starts) + 1 == stop:
             return None
         window = min(window, stop)
