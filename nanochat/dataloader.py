@@ -23,7 +23,15 @@ from nanochat.lanes import Document, Lane, RowStream, own_lanes
 from nanochat.prefetch import Batch, Feeder
 from nanochat.tokenizer import Tokenizer
 
-__all__ = ["Batch", "conversation_loader", "eval_batches", "merge_states", "pretrain_loader", "published_batches"]
+__all__ = [
+    "Batch",
+    "conversation_eval_batches",
+    "conversation_loader",
+    "eval_batches",
+    "merge_states",
+    "pretrain_loader",
+    "published_batches",
+]
 
 LANES = 8  # as many as a node has GPUs
 THREADS = 4  # of the tokenizer, as published
@@ -169,6 +177,34 @@ def conversation_loader(
     return Feeder(stream.fill, rows, seq_len, device, prefetch)
 
 
+def conversation_eval_batches(
+    task: Any,
+    tokenizer: Tokenizer,
+    rows: int,
+    seq_len: int,
+    tokens: int | None,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    *,
+    lanes: int = LANES,
+    prefetch: int = 2,
+) -> Feeder:
+    """A finite set of rows of conversations, the same whatever `rows` and `world`: the first ceil(tokens / T) rows.
+
+    Drawn from one pass in one shuffled order, so that few tokens are a sample of the whole `task`; `tokens` None means
+    the whole pass. The last batch is filled up with ignored rows; a rank that has no row of the set gets no batch.
+    """
+    refuse(_wrong(rows=rows, seq_len=seq_len, tokens=1 if tokens is None else tokens, lanes=lanes))
+    mine = {
+        lane: Lane(_Conversations(task, tokenizer, seq_len + 1, 0, lane, lanes, endless=False), seq_len + 1, "pad", 16)
+        for lane in own_lanes(lanes, rank, world)
+    }
+    limit = None if tokens is None else math.ceil(tokens / seq_len)
+    stream = RowStream(mine, lanes, rank, world, tokenizer.bos, {}, None, limit)
+    return Feeder(stream.fill, rows, seq_len, device, prefetch)
+
+
 def merge_states(states: Iterable[dict]) -> dict:
     """One state with the lanes of all ranks, from which any number of ranks can continue (after the same batch)."""
     states = list(states)
@@ -261,8 +297,11 @@ class _Texts:
 class _Conversations:
     """A lane's conversations of a task, in an order of their own each epoch."""
 
-    def __init__(self, task: Any, tokenizer: Tokenizer, longest: int, seed: int, lane: int, lanes: int):
+    def __init__(
+        self, task: Any, tokenizer: Tokenizer, longest: int, seed: int, lane: int, lanes: int, endless: bool = True
+    ):
         self.position: Position = {"epoch": 1, "index": 0}
+        self._endless = endless
         self._task, self._tokenizer, self._longest = task, tokenizer, longest
         self._seed, self._lane, self._lanes = seed, lane, lanes
         self._order: tuple[int, np.ndarray] = (0, np.empty(0))
@@ -276,6 +315,8 @@ class _Conversations:
         return self.fetch([(epoch, i) for i in own])
 
     def advance(self) -> bool:
+        if not self._endless:
+            return False
         self.position = {"epoch": self.position["epoch"] + 1, "index": 0}
         return True
 

@@ -12,6 +12,7 @@ import torch
 
 from nanochat.chat import render
 from nanochat.dataloader import (
+    conversation_eval_batches,
     conversation_loader,
     eval_batches,
     merge_states,
@@ -388,6 +389,23 @@ def test_conversations_that_cannot_be_learnt_from_are_named(tokenizer):
     state = take(talk(Talk(9), tokenizer), 1)[0].state
     with pytest.raises(UserError, match="conversations=9 and now it is 8"):
         talk(Talk(8), tokenizer, state=state)
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 200, 10**6])
+@pytest.mark.parametrize(("world", "rows"), [(1, 5), (2, 3), (3, 2), (9, 1)])
+def test_evaluation_conversations_do_not_depend_on_batch_size_or_ranks_pitfall_37(tokenizer, tokens, world, rows):
+    def ranks(world, rows):
+        options = {"rows": rows, "seq_len": 40, "tokens": tokens, "world": world}
+        return [take(conversation_eval_batches(Talk(60), tokenizer, rank=r, **options), 10**6) for r in range(world)]
+
+    one = ranks(1, 2)
+    assert real_rows(ranks(world, rows)) == real_rows(one)
+    asked = questions(one[0], tokenizer)
+    if tokens in (None, 10**6):
+        assert sorted(asked) == list(range(60))
+    else:
+        assert real_rows(one).total() == -(-tokens // 40)
+        assert tokens == 1 or max(asked) - min(asked) > 20  # a sample, not the beginning
 
 
 # -- real text
