@@ -38,7 +38,7 @@ ROW_EPS, NORM_EPS, MOMENT_EPS = 1e-7, 1e-6, 1e-10
 
 
 class AdamRule(NamedTuple):
-    """What AdamW needs beside the learning rate; the decay is constant over the run."""
+    """What AdamW needs beside the learning rate; its decay is constant."""
 
     beta1: float
     beta2: float
@@ -101,8 +101,8 @@ def adamw_reference(p, g, m, v, t, lr, rule: AdamRule):
 
 def polar(x: torch.Tensor) -> torch.Tensor:  # (K, m, n), Frobenius norms under 1 -> (K, m, n)
     """Polar Express on a stack, on the smaller Gram side."""
-    tall, (s, long) = x.shape[-2] > x.shape[-1], sorted(x.shape[-2:])
-    if long > 1.5 * s and x.device.type == "cpu" and x.dtype != torch.bfloat16:
+    tall, (short, long) = x.shape[-2] > x.shape[-1], sorted(x.shape[-2:])
+    if long > 1.5 * short and x.device.type == "cpu" and x.dtype != torch.bfloat16:
         return polar_by_gram(x)
     for a, b, c in POLAR_EXPRESS:
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # (K, s, s)
@@ -177,68 +177,68 @@ class Split:
         self.hi = min(self.lo + self.chunk, n)
 
     def scatter(self, full: torch.Tensor):  # (n, ...) on each rank -> (chunk, ...) sum over ranks
-        """Start the reduction; returns the tensor to be filled and the handle to wait for."""
+        """Start the reduction; returns the tensor to be filled and what to wait for (None in a world of one)."""
+        if self.world == 1:
+            return full, None
         part = full.new_empty(self.chunk, *full.shape[1:])
         return part, dist.reduce_scatter_tensor(part, padded(full, self.chunk * self.world), async_op=True)
 
     def gather(self, part: torch.Tensor):  # (hi - lo, ...) -> (chunk * world, ...), of which the first n count
-        """Start the collection of every rank's part."""
+        """Start the collection of every rank's part; returns as `scatter`."""
+        if self.world == 1:
+            return part, None
         full = part.new_empty(self.chunk * self.world, *part.shape[1:])
         return full, dist.all_gather_into_tensor(full, padded(part, self.chunk), async_op=True)
 
     def whole(self, part: torch.Tensor) -> torch.Tensor:  # (hi - lo, ...) -> (n, ...)
-        if self.world == 1:
-            return part
-        full, handle = self.gather(part)
-        handle.wait()
+        full, work = self.gather(part)
+        if work is not None:
+            work.wait()
         return full[: self.n]
 
 
 class Group:
     """Tensors reduced, moved and gathered together; `grad` is this rank's averaged part between reduce and step."""
 
-    def __init__(self, named: list[tuple[str, torch.Tensor]], lr: float, runtime: Runtime):
+    def __init__(self, named: list[tuple[str, torch.Tensor]], lr: float, split: Split):
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
-        self.lr, self.runtime = lr, runtime
-        self.grad: torch.Tensor | None = None
-        self.handle = None
+        self.lr, self.split = lr, split
+        self.grad = self.full = self.work = None
 
     def launch(self) -> None:
         """Start averaging the gradients over the ranks; a missing gradient counts as zero."""
         full = self.collect([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
-        if self.runtime.world == 1:
-            self.grad = full
-        else:
-            self.grad, self.handle = self.split.scatter(full)
+        self.grad, self.work = self.split.scatter(full)
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        self.work = None
 
     def settle(self, factor: float) -> torch.Tensor:
         """Wait for the sum, multiply it by `factor`; returns the norm of this rank's part."""
-        if self.handle is not None:
-            self.handle.wait()
-        self.grad, self.handle = self.grad[: self.split.hi - self.split.lo], None
+        self.wait()
+        self.grad = self.grad[: self.split.hi - self.split.lo]
         if factor != 1.0:
             self.grad.mul_(factor)
         return torch.linalg.vector_norm(self.grad)
 
     def release(self) -> None:
-        """Wait for the new values of the other ranks' parts and put them in place."""
-        if self.handle is not None:
-            full, handle = self.handle
-            handle.wait()
-            self.spread(full)
-        self.grad = self.handle = None
+        """Wait for the new values of all ranks' parts and put them in place."""
+        self.wait()
+        self.spread(self.full)
+        self.grad = self.full = None
 
 
 class MuonGroup(Group):
     """K block matrices of one shape, split over the ranks by whole matrices."""
 
     def __init__(self, named, lr, runtime, dtype):
-        super().__init__(named, lr, runtime)
-        self.split, self.dtype = Split(len(self.params), runtime), dtype
-        p = self.params[0]
+        super().__init__(named, lr, Split(len(named), runtime))
+        self.dtype = dtype
+        p, count = self.params[0], self.split.hi - self.split.lo
         rows, cols = p.shape
-        count = self.split.hi - self.split.lo
         self.moments = {
             "momentum": p.new_zeros(count, rows, cols),
             "second": p.new_zeros(count, rows, 1) if rows >= cols else p.new_zeros(count, 1, cols),
@@ -248,18 +248,12 @@ class MuonGroup(Group):
         return torch.stack(grads)
 
     def update(self, lr_mult: float, momentum: float, weight_decay: float, t: int) -> None:
-        own = self.params[self.split.lo : self.split.hi]
+        own, values = self.params[self.split.lo : self.split.hi], self.grad
         if own:
-            moments = self.moments["momentum"], self.moments["second"]
-            direction = muon_update(self.grad, *moments, momentum, dtype=self.dtype)
+            direction = muon_update(self.grad, *self.moments.values(), momentum, dtype=self.dtype)
             values = torch.stack([p.data for p in own])
             cautious_(values, direction, self.lr * lr_mult, weight_decay)
-        else:
-            values = self.grad
-        if self.runtime.world == 1:
-            self.spread(values)
-        else:
-            self.handle = self.split.gather(values)
+        self.full, self.work = self.split.gather(values)
 
     def spread(self, values):  # (>= K, m, n)
         torch._foreach_copy_([p.data for p in self.params], list(values[: len(self.params)].unbind(0)))
@@ -270,10 +264,10 @@ class MuonGroup(Group):
             for name, whole in zip(self.names, self.split.whole(part), strict=True):
                 yield f"{name}.{kind}", whole
 
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load(self, state):
         for kind, part in self.moments.items():
-            for i, name in enumerate(self.names[self.split.lo : self.split.hi]):
-                part[i].copy_(state[f"{name}.{kind}"])
+            for own, name in zip(part, self.names[self.split.lo : self.split.hi], strict=True):
+                own.copy_(state[f"{name}.{kind}"])
 
     def shapes(self):
         return {f"{name}.{kind}": part.shape[1:] for kind, part in self.moments.items() for name in self.names}
@@ -283,9 +277,8 @@ class AdamGroup(Group):
     """One tensor of any shape, split over the ranks as a flat vector (n,)."""
 
     def __init__(self, named, lr, runtime, rule: AdamRule):
-        super().__init__(named, lr, runtime)
+        super().__init__(named, lr, Split(named[0][1].numel(), runtime))
         self.rule, (self.param,) = rule, self.params
-        self.split = Split(self.param.numel(), runtime)
         count = self.split.hi - self.split.lo
         self.moments = {"exp_avg": self.param.new_zeros(count), "exp_avg_sq": self.param.new_zeros(count)}
         self.steps = torch.zeros((), dtype=torch.float32, device=self.param.device)
@@ -297,15 +290,14 @@ class AdamGroup(Group):
         own = self.param.data.view(-1)[self.split.lo : self.split.hi]
         if own.numel():
             adamw(
-                [own], [self.grad], [self.moments["exp_avg"]], [self.moments["exp_avg_sq"]], [],
-                [self.steps.fill_(t - 1)], lr=self.lr * lr_mult, **self.rule._asdict(),
-                fused=True, amsgrad=False, maximize=False,
+                [own], [self.grad], *([moment] for moment in self.moments.values()), [], [self.steps.fill_(t - 1)],
+                lr=self.lr * lr_mult, **self.rule._asdict(), fused=True, amsgrad=False, maximize=False,
             )  # fmt: skip
-        if self.runtime.world > 1:
-            self.handle = self.split.gather(own)
+        self.full, self.work = self.split.gather(own)
 
-    def spread(self, values):  # (>= n,)
-        self.param.data.view(-1).copy_(values[: self.split.n])
+    def spread(self, values):  # (>= n,); in a world of one `values` is the parameter itself
+        if self.split.world > 1:
+            self.param.data.view(-1).copy_(values[: self.split.n])
 
     def state(self):
         for kind, part in self.moments.items():
@@ -327,7 +319,7 @@ class MuonAdamW:
     """
 
     def __init__(self, roles: Mapping[str, list], lrs: Mapping[str, float], runtime: Runtime):
-        unknown = [role for role in roles if role != "matrix" and role not in ADAM_RULES]
+        unknown = [role for role in roles if role not in ("matrix", *ADAM_RULES)]
         coarse = [n for pairs in roles.values() for n, p in pairs if p.dtype not in (torch.float32, torch.float64)]
         if unknown or coarse:  # a mistake in the code: in bf16 a second moment with beta2 0.995 stands still
             raise ValueError(f"roles without a rule: {unknown}; parameters that are not fp32 or fp64: {coarse}")
@@ -375,8 +367,8 @@ class MuonAdamW:
 
     def nonfinite(self) -> list[str]:
         """Names of the parameters whose gradient on this rank holds a NaN or an infinity."""
-        pairs = [(name, p.grad) for group in self.groups for name, p in zip(group.names, group.params, strict=True)]
-        return [name for name, grad in pairs if grad is not None and not torch.isfinite(grad).all()]
+        pairs = [pair for group in self.groups for pair in zip(group.names, group.params, strict=True)]
+        return [name for name, p in pairs if p.grad is not None and not torch.isfinite(p.grad).all()]
 
     def state(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
         """Whole moments by `<parameter>.<moment>` and the step count, on the CPU of rank 0 (or of all); collective."""
@@ -391,18 +383,15 @@ class MuonAdamW:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take this rank's part of a whole state, written in any world size."""
-        wanted = {"step": torch.Size([])}
-        for group in self.groups:
-            wanted |= group.shapes()
-        refuse(_state_problems(wanted, state))
+        wanted = {name: shape for group in self.groups for name, shape in group.shapes().items()}
+        refuse(_state_problems({"step": torch.Size([])} | wanted, state))
         self.t = int(state["step"])
         for group in self.groups:
             group.load(state)
 
 
 def _state_problems(wanted: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor]) -> list[str]:
-    missing = [name for name in wanted if name not in state]
-    if missing:
+    if missing := [name for name in wanted if name not in state]:
         return [f"the optimizer state lacks {len(missing)} tensors, {missing[0]} first: it belongs to another model."]
     return [
         f"the optimizer state's {name} is {tuple(state[name].shape)}, the model needs {tuple(shape)}: other model."

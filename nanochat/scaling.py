@@ -11,11 +11,11 @@ rates and decay follow the horizon that is really used, never one that was overr
 import dataclasses
 import math
 
-from nanochat import cost
+from nanochat import cost, schedule
 from nanochat.errors import UserError, refuse
 from nanochat.gpt import GPTConfig
 
-REF_DEPTH = 12
+REF_DEPTH, DEFAULT_RATIO = 12, 10.5
 B_REF = 2**19  # tokens a step at which the learning rates were tuned, published
 BATCH_EXPONENT = 0.383  # best batch ~ tokens^0.383: "Power Lines", arXiv 2505.13738
 SMALL_BATCH = 2**18  # below it sqrt(B/B_REF) starves the run; the laws below are ours
@@ -129,20 +129,20 @@ def nearest_batch(batch: int, rows: int, sequence_len: int, world: int) -> int:
     return max(round(batch / unit), 1) * unit
 
 
+FLAGS = {"sequence_len": "--max-seq-len", "world": "the number of ranks, "}  # where the flag is named otherwise
+
+
 def problems_with(values: dict) -> list[str]:
     """What is wrong with the arguments of `plan`, a sentence each."""
     found = []
-    flag = lambda name: "--" + name.replace("_", "-")
+    flag = lambda name: FLAGS.get(name, "--" + name.replace("_", "-"))
     whole = ("depth", "vocab_size", "aspect_ratio", "head_dim", "sequence_len", "device_batch_size", "world")
     optional = ("n_kv_head", "num_iterations", "target_flops", "total_batch_size")
     for name in (*whole, *(n for n in optional if values[n] is not None)):
         if not values[name] > 0:
             found.append(f"{flag(name)}={values[name]} must be at least 1.")
-    if (
-        values["num_iterations"] is None
-        and values["target_flops"] is None
-        and not values["target_param_data_ratio"] > 0
-    ):
+    overruled = values["num_iterations"] is not None or values["target_flops"] is not None
+    if not (overruled or values["target_param_data_ratio"] > 0):
         found.append(f"--target-param-data-ratio={values['target_param_data_ratio']} must be above 0.")
     for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay"):
         if not (values[name] >= 0 and math.isfinite(values[name])):
@@ -176,87 +176,68 @@ def settle_batch(wanted: int, given: bool, rows: int, sequence_len: int, world: 
     return batch, fitted_rows, accum, [note + "."] if (fitted_rows, batch) != (rows, wanted) else []
 
 
-def plan(
-    depth: int = 20,
-    *,
-    vocab_size: int,
-    aspect_ratio: int = 64,
-    head_dim: int = 128,
-    n_kv_head: int | None = None,
-    sequence_len: int = 2048,
-    window_pattern: str = "SSSL",
-    num_iterations: int | None = None,
-    target_flops: float | None = None,
-    target_param_data_ratio: float = 10.5,
-    total_batch_size: int | None = None,
-    device_batch_size: int = 32,
-    world: int = 1,
-    embedding_lr: float = 0.3,
-    unembedding_lr: float = 0.008,
-    matrix_lr: float = 0.02,
-    scalar_lr: float = 0.5,
-    weight_decay: float = 0.28,
-    warmup_steps: int | None = None,
-    warmdown_ratio: float = 0.65,
-    final_lr_frac: float = 0.05,
-) -> Plan:
+def settle_warmup(given: int | None, batch: int, iterations: int, warmdown_ratio: float) -> tuple[int, list[str]]:
+    """Warm-up updates and notes: the law's, at most what lies before the warm-down; a given number as it is."""
+    room = max(iterations - schedule.warmdown_steps(iterations, warmdown_ratio), 1)
+    if given is None:
+        return min(warmup_law(batch), room), []
+    late = (
+        f"the warm-up of {given} updates is longer than the {room} before the warm-down: the peak rate is not reached."
+    )
+    return given, [late] if given > room else []
+
+
+def horizon(num_iterations, target_flops, ratio, flops_per_token, n) -> tuple[str, float | None]:
+    """Which of the three sets the length of the run, and its tokens (None: iterations * batch, once that is known)."""
+    if num_iterations is not None:
+        return "num_iterations", None
+    if target_flops is not None:
+        return "target_flops", target_flops / flops_per_token
+    return "target_param_data_ratio", ratio * n
+
+
+def length(name: str, tokens: float, batch: int) -> int:
+    """Updates: the published code rounds for a FLOP budget and rounds down for a ratio."""
+    return round(tokens / batch) if name == "target_flops" else int(tokens // batch)
+
+
+def plan(depth: int = 20, *, vocab_size: int, aspect_ratio: int = 64, head_dim: int = 128,
+         n_kv_head: int | None = None, sequence_len: int = 2048, window_pattern: str = "SSSL",
+         num_iterations: int | None = None, target_flops: float | None = None, target_param_data_ratio: float = 10.5,
+         total_batch_size: int | None = None, device_batch_size: int = 32, world: int = 1, embedding_lr: float = 0.3,
+         unembedding_lr: float = 0.008, matrix_lr: float = 0.02, scalar_lr: float = 0.5, weight_decay: float = 0.28,
+         warmup_steps: int | None = None, warmdown_ratio: float = 0.65, final_lr_frac: float = 0.05
+         ) -> Plan:  # fmt: skip
     """Turn the dial and its overrides into a Plan; every argument that makes no sense is listed in one UserError."""
     refuse(problems_with(dict(locals())))
-    family = dict(vocab_size=vocab_size, aspect_ratio=aspect_ratio, head_dim=head_dim, sequence_len=sequence_len)
-    config = shape(depth, **family, n_kv_head=n_kv_head, window_pattern=window_pattern)
-    counts = cost.parameters(config)
-    flops_per_token = cost.flops_per_token(config)
-    reference = cost.parameters(shape(REF_DEPTH, **family, window_pattern=window_pattern))["scaling"]
-    reference_tokens = (target_param_data_ratio if target_param_data_ratio > 0 else 10.5) * reference
+    family = dict(vocab_size=vocab_size, aspect_ratio=aspect_ratio, head_dim=head_dim, sequence_len=sequence_len,
+                  window_pattern=window_pattern)  # fmt: skip
+    config = shape(depth, **family, n_kv_head=n_kv_head)
+    counts, flops_per_token = cost.parameters(config), cost.flops_per_token(config)
+    ratio = target_param_data_ratio if target_param_data_ratio > 0 else DEFAULT_RATIO  # it may be overruled and 0
+    reference_tokens = ratio * cost.parameters(shape(REF_DEPTH, **family))["scaling"]
 
-    if num_iterations is not None:
-        horizon, wanted = "num_iterations", best_batch_for_steps(num_iterations, reference_tokens)
-        tokens = None
-    elif target_flops is not None:
-        horizon, tokens = "target_flops", target_flops / flops_per_token
-        wanted = best_batch(tokens, reference_tokens)
+    name, tokens = horizon(num_iterations, target_flops, ratio, flops_per_token, counts["scaling"])
+    if tokens is None:
+        wanted = best_batch_for_steps(num_iterations, reference_tokens)
     else:
-        horizon, tokens = "target_param_data_ratio", target_param_data_ratio * counts["scaling"]
         wanted = best_batch(tokens, reference_tokens)
-
-    batch, rows, accum, notes = settle_batch(
-        total_batch_size or wanted, total_batch_size is not None, device_batch_size, sequence_len, world
-    )
-    if num_iterations is not None:
-        iterations, tokens = num_iterations, num_iterations * batch
-    elif target_flops is not None:
-        iterations = round(tokens / batch)
-    else:
-        iterations = int(tokens // batch)
+    given = total_batch_size is not None
+    batch, rows, accum, notes = settle_batch(total_batch_size if given else wanted, given, device_batch_size,
+                                             sequence_len, world)  # fmt: skip
+    iterations = num_iterations if tokens is None else length(name, tokens, batch)
     if iterations < 1:
-        iterations, tokens = 1, batch
+        iterations, tokens = 1, None
         notes.append(f"the horizon is shorter than one batch of {batch:,} tokens: the run has 1 update.")
+    warmup, more = settle_warmup(warmup_steps, batch, iterations, warmdown_ratio)
     lr_mult = lr_multiplier(batch)
+    rates = dict(embedding_lr=embedding_lr, unembedding_lr=unembedding_lr, matrix_lr=matrix_lr, scalar_lr=scalar_lr)
     return Plan(
-        config=config,
-        parameters=counts,
-        flops_per_token=flops_per_token,
-        horizon=horizon,
-        iterations=iterations,
-        tokens=iterations * batch,
-        batch=batch,
-        device_batch_size=rows,
-        accum=accum,
-        world=world,
-        lr_mult=lr_mult,
-        lrs=learning_rates(
-            config,
-            lr_mult,
-            embedding_lr=embedding_lr,
-            unembedding_lr=unembedding_lr,
-            matrix_lr=matrix_lr,
-            scalar_lr=scalar_lr,
-        ),
-        weight_decay=scaled_weight_decay(weight_decay, batch, tokens, reference_tokens),
-        warmup_steps=warmup_law(batch) if warmup_steps is None else warmup_steps,
-        warmdown_ratio=warmdown_ratio,
-        final_lr_frac=final_lr_frac,
+        config=config, parameters=counts, flops_per_token=flops_per_token, horizon=name, iterations=iterations,
+        tokens=iterations * batch, batch=batch, device_batch_size=rows, accum=accum, world=world, lr_mult=lr_mult,
+        lrs=learning_rates(config, lr_mult, **rates),
+        weight_decay=scaled_weight_decay(weight_decay, batch, tokens or iterations * batch, reference_tokens),
+        warmup_steps=warmup, warmdown_ratio=warmdown_ratio, final_lr_frac=final_lr_frac,
         flops=float(iterations) * batch * flops_per_token,
-        ratio=iterations * batch / counts["scaling"],
-        notes=tuple(notes),
-    )
+        ratio=iterations * batch / counts["scaling"], notes=tuple(notes + more),
+    )  # fmt: skip

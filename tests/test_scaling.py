@@ -86,6 +86,16 @@ def test_decay_keeps_its_time_scale(batch):
         assert scaling.scaled_weight_decay(0.28, batch, tokens, reference) == pytest.approx(published)
 
 
+def test_warm_up_fits_a_short_run():
+    """300 updates are flat until 105; 20 until 7."""
+    small = dict(vocab_size=512, total_batch_size=65536)
+    assert scaling.plan(4, **small, num_iterations=300).warmup_steps == scaling.warmup_law(65536) == 23
+    assert scaling.plan(4, **small, num_iterations=20).warmup_steps == 7
+    assert scaling.plan(4, **small, num_iterations=1).warmup_steps == 1
+    given = scaling.plan(4, **small, num_iterations=20, warmup_steps=15)
+    assert given.warmup_steps == 15 and "the peak rate is not reached" in given.notes[0]
+
+
 # --- horizons ------------------------------------------------------------------------------------------------------
 
 
