@@ -70,27 +70,33 @@ def weights_bytes_read(config: GPTConfig, bytes_per_value: int = 2) -> int:
     return (parameters(config)["scaling"] + rows) * bytes_per_value
 
 
-# Values a token and layer that the backward needs, in units: what autograd keeps of one block (measured by counting its
-# saved tensors, tests/test_cost.py): width-sized ones, key/value-sized ones, and the MLP's four-widths.
-KEPT_WIDTH, KEPT_KV, KEPT_MLP = 10, 8, 2
+# What autograd keeps of a block, in values a token: so many widths, key/value widths and MLP widths; and outside the
+# blocks, in widths. Measured: tests/test_cost.py counts the saved tensors of a real model.
+KEPT_WIDTH, KEPT_KV, KEPT_MLP, KEPT_OUTSIDE = 8, 4, 2, 6
+
+
+def activations(config: GPTConfig, rows: int, bytes_per_value: int = 2) -> int:
+    """Bytes kept for the backward of `rows` rows of the whole context, without compilation, which keeps fewer."""
+    block = KEPT_WIDTH * config.n_embd + KEPT_KV * config.kv_dim + KEPT_MLP * 4 * config.n_embd
+    return rows * config.sequence_len * (config.n_layer * block + KEPT_OUTSIDE * config.n_embd) * bytes_per_value
 
 
 def memory(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: int = 2) -> dict[str, int]:
     """Bytes a device needs at the peak of a training step, by part, for `rows` rows of the whole context. An estimate.
 
-    weights and gradients fp32; optimizer: two fp32 moments for AdamW, one and a half for Muon (its second moment is a
-    vector a matrix, its work space about half), shared by `world` ranks; activations in `bytes_per_value`; logits:
-    one chunk of the loss, twice in fp32 and once in the activations' dtype. torch.compile keeps fewer activations.
+    weights and gradients in fp32; casts: the matrices and the head once more in the activations' dtype; optimizer: two
+    fp32 moments for AdamW, one and a half for Muon (a momentum, and work space), shared by `world` ranks; logits: one
+    chunk of the loss, three times in fp32 and once in the activations' dtype.
     """
     count, tokens = parameters(config), rows * config.sequence_len
     adam, muon = count["total"] - count["matrix"], count["matrix"]
-    block = KEPT_WIDTH * config.n_embd + KEPT_KV * config.kv_dim + KEPT_MLP * 4 * config.n_embd
     part = {
         "weights": 4 * count["total"],
         "gradients": 4 * count["total"],
+        "casts": bytes_per_value * count["scaling"] if bytes_per_value < 4 else 0,
         "optimizer": (8 * adam + 6 * muon) // world,
-        "activations": tokens * (config.n_layer * block + 6 * config.n_embd) * bytes_per_value,
-        "logits": min(LOSS_CHUNK, tokens) * config.padded_vocab * (2 * 4 + bytes_per_value),
+        "activations": activations(config, rows, bytes_per_value),
+        "logits": min(LOSS_CHUNK, tokens) * config.padded_vocab * (3 * 4 + bytes_per_value),
     }
     return part | {"total": sum(part.values())}
 

@@ -239,6 +239,10 @@ class GPT(nn.Module):
         self._fill_rope()
         return self
 
+    def to_empty(self, *, device, recurse: bool = True):
+        """Memory without values on `device`, as nn.Module's, but without the second of imports that its way costs."""
+        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse)
+
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
         """Give every parameter its first value (a test proves that none is missed). seed None: the global generator."""

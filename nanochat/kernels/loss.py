@@ -43,7 +43,7 @@ def _count(targets: torch.Tensor) -> torch.Tensor:
 
 
 def _score(rows, weight, target, vocab, cap):
-    """A chunk: rows (n, C), weight (Vpadded, C), target (n,) -> (losses (n,), their gradients by the uncapped logits)."""
+    """A chunk: rows (n, C), weight (Vpadded, C), target (n,) -> (losses (n,), gradients by the uncapped logits)."""
     z = F.linear(rows, weight)
     column = torch.arange(z.size(1), device=z.device)
     tanh = torch.tanh(z.to(_wide(z.dtype)) / cap)  # (n, Vpadded)
