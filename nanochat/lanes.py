@@ -12,8 +12,9 @@ So N ranks see together what one would, and where W divides L each rank makes on
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -71,10 +72,12 @@ class Lane:
         self.ended = not pieces
         return pieces
 
-    def state(self) -> dict:
-        """JSON: where the source stands and what is held, in order of arrival."""
-        held = [[*document.key, start] for document, start in self.packer.contents()]
-        return {"position": self.source.position, "placed": self.placed, "held": held}
+    def note(self) -> Callable[[], dict]:
+        """A function that writes this moment's state as JSON: where the source stands, what is held and in which order.
+
+        It costs little to make one for each batch; few are ever called.
+        """
+        return partial(_lane_state, self.source.position, self.placed, self.packer.contents())
 
     def restore(self, saved: dict) -> None:
         """Become the lane that had this state."""
@@ -91,6 +94,10 @@ class Lane:
                 return
             for document in documents:
                 self.packer.add(document, len(document.tokens))
+
+
+def _lane_state(position: dict, placed: int, contents: Callable) -> dict:
+    return {"position": position, "placed": placed, "held": [[*document.key, start] for document, start in contents()]}
 
 
 class RowStream:
@@ -116,15 +123,15 @@ class RowStream:
         if state is not None:
             self._restore(state)
 
-    def fill(self, inputs: np.ndarray, targets: np.ndarray) -> dict | None:
-        """Write the next B rows, (B, T) each, and return the state behind them; None if there is no row left.
+    def fill(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], dict] | None:
+        """Write the next B rows, (B, T) each; returns what gives the state behind them, None if there is no row left.
 
-        When only some are left the others are filled up and ignored.
+        When only some rows are left the others are filled up and ignored.
         """
         written = 0
         while not written and not self._ended():
             written = self._fill(inputs, targets)
-        return self.state() if written else None
+        return self.note() if written else None
 
     def _fill(self, inputs: np.ndarray, targets: np.ndarray) -> int:
         """Pass B x W global rows and write ours of them; returns how many have content."""
@@ -145,16 +152,10 @@ class RowStream:
         past_limit = self.limit is not None and self.rows >= self.limit
         return past_limit or all(lane.ended for lane in self.mine.values())
 
-    def state(self) -> dict:
-        """JSON, to go on from here."""
-        lanes = self.mine.values()
-        return {
-            **self.about,
-            "rows": self.rows,
-            "epoch": max(lane.source.position["epoch"] for lane in lanes),
-            "consumed": sum(lane.placed for lane in lanes),
-            "lanes": {str(index): lane.state() for index, lane in self.mine.items()},
-        }
+    def note(self) -> Callable[[], dict]:
+        """A function that writes the state of this moment as JSON, to go on from here."""
+        lanes = {str(index): lane.note() for index, lane in self.mine.items()}
+        return partial(_stream_state, self.about, self.rows, lanes)
 
     def _restore(self, state: dict) -> None:
         missing = [str(index) for index in self.mine if str(index) not in state["lanes"]]
@@ -166,6 +167,17 @@ class RowStream:
         self.rows = state["rows"]
         for index, lane in self.mine.items():
             lane.restore(state["lanes"][str(index)])
+
+
+def _stream_state(about: dict, rows: int, notes: dict[str, Callable]) -> dict:
+    lanes = {index: note() for index, note in notes.items()}
+    return {
+        **about,
+        "rows": rows,
+        "epoch": max(lane["position"]["epoch"] for lane in lanes.values()),
+        "consumed": sum(lane["placed"] for lane in lanes.values()),
+        "lanes": lanes,
+    }
 
 
 def write_row(pieces: list[Piece], inputs: np.ndarray, targets: np.ndarray, filler: int) -> None:

@@ -17,6 +17,7 @@ thousand documents in Python for each one placed). Among equals the one that cam
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 MODES = ("crop", "lossless", "pad")
@@ -85,9 +86,12 @@ class Packer:
             at += piece.stop - piece.start
         return pieces
 
-    def contents(self) -> list[tuple[Any, int]]:
-        """What is buffered, as (item, start), in order of arrival: adding these to a new packer continues this one."""
-        return [(entry.item, entry.start) for entry in sorted(self._entries, key=lambda entry: entry.arrival)]
+    def contents(self) -> Callable[[], list[tuple[Any, int]]]:
+        """What is buffered now: a function that lists it as (item, start) in order of arrival, whenever it is called.
+
+        Adding these to a new packer continues this one. Taking note costs nothing; most notes are never read.
+        """
+        return partial(_in_order_of_arrival, self._entries.copy())
 
     def _place(self, at: int, room: int) -> Piece | None:
         """The next piece of a row with `room` tokens left from `at` on; None if nothing goes there."""
@@ -110,6 +114,10 @@ class Packer:
         else:
             self.discarded += over
         return piece
+
+
+def _in_order_of_arrival(entries: list[_Entry]) -> list[tuple[Any, int]]:
+    return [(entry.item, entry.start) for entry in sorted(entries, key=lambda entry: entry.arrival)]
 
 
 def _order(entry: _Entry) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,16 +20,25 @@ import torch
 PATIENCE = 30.0  # seconds without a batch after which the consumer is told, again and again
 log = logging.getLogger(__name__)
 
-Fill = Callable[[np.ndarray, np.ndarray], dict | None]  # writes inputs and targets, returns the state; None: the end
+Note = Callable[[], dict]  # gives a state
+Fill = Callable[[np.ndarray, np.ndarray], Note | None]  # writes inputs and targets; returns None at the end
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from. A loader given `state` goes on with the batch after this one."""
+    """What a step learns from. A loader given `state` goes on with the batch after this one.
+
+    The state is written when it is first asked for: ask the batches at which you save, not each one.
+    """
 
     inputs: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64, -1 = ignored
-    state: dict = field(repr=False)  # JSON
+    note: Note = field(repr=False)
+
+    @cached_property
+    def state(self) -> dict:
+        """JSON: where the loader stands behind this batch."""
+        return self.note()
 
 
 class Feeder(Iterator[Batch]):
@@ -64,17 +74,17 @@ class Feeder(Iterator[Batch]):
         if self._closed:
             raise StopIteration
         try:
-            pair, slot, state = self._next()
+            pair, slot, note = self._next()
         except BaseException:  # an error of the thread, or Ctrl-C while waiting
             self.close()
             raise
-        if state is None:
+        if note is None:
             self.close()
             raise StopIteration
         pair = self._to_device(pair, slot)
         if self._pool:
             self._order()  # only now: it may write into the slot just copied from
-        return Batch(pair[0], pair[1], state)
+        return Batch(pair[0], pair[1], note)
 
     def close(self) -> None:
         """End the thread. May be called twice."""
@@ -91,7 +101,7 @@ class Feeder(Iterator[Batch]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _next(self) -> tuple[torch.Tensor, "_Slot | None", dict | None]:
+    def _next(self) -> tuple[torch.Tensor, "_Slot | None", Note | None]:
         if not self._pool:
             return self._make()
         job = self._jobs.popleft()
@@ -104,7 +114,7 @@ class Feeder(Iterator[Batch]):
     def _order(self) -> None:
         self._jobs.append(self._pool.submit(self._make))
 
-    def _make(self) -> tuple[torch.Tensor, "_Slot | None", dict | None]:
+    def _make(self) -> tuple[torch.Tensor, "_Slot | None", Note | None]:
         """Runs in the thread: the next batch in CPU memory, (2, B, T): inputs and targets."""
         slot = self._slots[self._made % len(self._slots)] if self._slots else None
         pair = slot.free() if slot else torch.empty(self._shape, dtype=torch.int64)

@@ -345,7 +345,7 @@ def test_every_epoch_gives_every_conversation_exactly_once(tokenizer, n, rows, w
 def questions_in_global_order(ranks, tokenizer, rows):
     per_rank = [[batch.inputs[i : i + 1] for batch in batches for i in range(rows)] for batches in ranks]
     batch = type(ranks[0][0])
-    return [q for group in zip(*per_rank) for row in group for q in questions([batch(row, row, {})], tokenizer)]
+    return [q for group in zip(*per_rank) for row in group for q in questions([batch(row, row, dict)], tokenizer)]
 
 
 @pytest.mark.parametrize("lanes", [1, 4])

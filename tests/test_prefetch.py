@@ -28,7 +28,7 @@ class Counter:
             return None
         inputs[:], targets[:] = self.made, -self.made
         self.made += 1
-        return {"made": self.made}
+        return dict(made=self.made).copy
 
 
 def feeders():
