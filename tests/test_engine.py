@@ -145,6 +145,7 @@ def test_other_shapes_of_heads_and_windows(changes):
         check_greedy(model, ids, reply.ids, reply.logprobs)
 
 
+@pytest.mark.slow  # only for what the switch imports
 def test_memory_never_written_does_not_leak_into_replies():
     prompts = [prompt(n) for n in (2, 33, 17)]
     torch.use_deterministic_algorithms(True)  # among other things: torch.empty is full of NaN

@@ -1,8 +1,12 @@
 """A byte tokenizer and a small random GPT with every feature alive (smear, value embeddings, windows, few kv heads)."""
 
+import dataclasses
+
 import torch
 
+from nanochat import checkpoint
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_ranks([bytes([i]) for i in range(256)])
@@ -20,3 +24,12 @@ def tiny_gpt(seed=0, **changes):
                 p.normal_(0, 0.2, generator=random)
         model.smear_lambda.fill_(0.7)
     return model.eval()
+
+
+def save_checkpoint(source="sft", tag="d3", step=5, **changes):
+    """Write TOKENIZER and a tiny_gpt as a complete checkpoint into the artefact folder; returns the model."""
+    model = tiny_gpt(**changes)
+    TOKENIZER.save()
+    meta = {"stage": source, "config": dataclasses.asdict(model.config), "tokenizer": TOKENIZER.fingerprint}
+    checkpoint.save(checkpoint.folder(source) / tag, step, model=model, meta=meta, runtime=Runtime.single())
+    return model

@@ -1,0 +1,1 @@
+"""Serving: prompts that fit, the worker that batches requests, and the HTTP interface."""
