@@ -61,6 +61,7 @@ def objects(subject: str, relation: str) -> frozenset[str]:
     return _objects().get((subject, relation), frozenset())
 
 
+@cache
 def subjects(relation: str, obj: str) -> frozenset[str]:
     """Every subject of which the relation with `obj` holds ("opposite" and "is_a" as in `objects`)."""
     return frozenset(f.subject for f in relations()[relation] if obj in objects(f.subject, relation))
@@ -72,10 +73,20 @@ def true(subject: str, relation: str, obj: str) -> bool:
 
 
 @cache
-def words() -> frozenset[str]:
-    """Every word (lower case, without phrases' spaces) of the data files' facts, lists, scenes and verbs."""
+def _phrases() -> tuple[str, ...]:
     phrases = [part for fact in facts() for part in (fact.subject, fact.object)]
-    phrases += [word for some in world.lists().values() for word in some]
+    phrases += [word for some in (*world.lists().values(), *world.orders().values()) for word in some]
     phrases += [word for place, some in world.scenes().values() for word in (place, *some)]
-    phrases += [word for forms in world.verbs().values() for word in forms]
-    return frozenset(word.lower() for phrase in phrases for word in phrase.split())
+    return (*phrases, *(word for forms in world.verbs().values() for word in forms))
+
+
+@cache
+def words() -> frozenset[str]:
+    """Every word, in lower case, of the data files' facts, lists, scenes and verbs."""
+    return frozenset(word.lower() for phrase in _phrases() for word in phrase.split())
+
+
+@cache
+def common_words() -> frozenset[str]:
+    """The words of `words` that are written with a small letter somewhere."""
+    return frozenset(word for phrase in _phrases() for word in phrase.split() if word.islower())

@@ -8,6 +8,7 @@ import re
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 DATA = Path(__file__).parent / "data"
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
@@ -66,6 +67,8 @@ def gender() -> dict[str, str]:
 def _kinds() -> dict[str, str]:
     kinds = {word: kind for kind in ("mass", "plural_only", "unique") for word in lists()[kind]}
     kinds |= {subject: "plural_only" for subject, relation, _ in rows("facts.tsv") if relation in ("group", "body")}
+    for noun in ("sheep", "fish"):  # groups of them have a name, yet there is a sheep and a fish
+        del kinds[noun]
     for _, _, text in rows("scenes.tsv"):
         for word in _split(text):
             if word[-1] in "*+":
@@ -144,12 +147,16 @@ def verb(phrase: str, tense: str) -> str:
     return verbs()[first][("base", "third", "past", "ing").index(tense)] + space + rest
 
 
+def _person(he: str, him: str, his: str, self: str, was: str) -> dict[str, str]:
+    return {"": he, "he": he, "him": him, "obj": him, "poss": his, "own": his, "self": self, "was": was}
+
+
 PRONOUNS = {
-    "<she>": {"": "she", "him": "her", "his": "her", "self": "herself", "was": "was"},
-    "<he>": {"": "he", "him": "him", "his": "his", "self": "himself", "was": "was"},
-    "<they>": {"": "they", "him": "them", "his": "their", "self": "themselves", "was": "were"},
-    "<it>": {"a": "it", "the": "it", "pl": "they", "his": "its", "be": "is", "do": "does", "have": "has"},
-    "<i>": {"a": "I", "the": "I", "his": "my", "be": "am", "do": "do", "have": "have", "": "I"},
+    "<she>": _person("she", "her", "her", "herself", "was"),
+    "<he>": _person("he", "him", "his", "himself", "was"),
+    "<it>": {"a": "it", "pl": "they", "his": "its", "it": "it", "be": "is", "do": "does", "have": "has"},
+    "<i>": {"a": "I", "his": "my", "be": "am", "do": "do", "have": "have"},
+    "<which>": {"be": "is"},
 }
 
 
@@ -161,7 +168,7 @@ def form(word: str, feature: str = "") -> str:
     "a piece of" nothing: bare when mass). Possessive "his" ("Anna's", "the dog's"). Verb phrases: "base", "third", "past",
     "ing". Anything else: `KeyError`.
     """
-    if word in PRONOUNS and feature in PRONOUNS[word]:
+    if word in PRONOUNS:
         return PRONOUNS[word][feature]
     return _FEATURES[feature](word)
 
@@ -171,6 +178,41 @@ def _indefinite(noun: str) -> str:
     if what == "count":
         return f"{article(noun)} {noun}"
     return f"the {noun}" if what == "unique" else noun
+
+
+@cache
+def _prepositions() -> dict[str, str]:
+    return {place: prep for prep in ("at", "on") for place in lists()[f"{prep}_place"]}
+
+
+def _inside(place: str) -> str:
+    """A place with its preposition: "at the beach", "in the library", "in space"."""
+    if place in scenes():
+        return scenes()[place][0]
+    return f"{_prepositions().get(place, 'in')} {form(place, 'the')}"
+
+
+class Marks(NamedTuple):
+    """The counting of a letter in a word, letter by letter."""
+
+    word: str
+    letter: str
+
+
+def marks(word: str, letter: str) -> str:
+    """ "apple", "p" -> "a 0, p 1, p 2, l 2, e 2"."""
+    return ", ".join(f"{one} {word[: i + 1].count(letter)}" for i, one in enumerate(word))
+
+
+def listing(words: tuple[str, ...]) -> str:
+    """A list in words: "red, blue and green"."""
+    return ", ".join(map(str, words[:-1])) + f" and {words[-1]}"
+
+
+def _one(noun: str) -> str:
+    if kind(noun) != "count" and noun not in lists()["colour"]:
+        raise ValueError(f"no single {noun}")
+    return f"{article(noun)} {noun}"
 
 
 def _definite(noun: str) -> str:
@@ -186,12 +228,28 @@ def _agree(word: str, base: str) -> str:
 
 
 _FEATURES = {
-    "": lambda w: w,
+    "": lambda w: w if isinstance(w, str) else str(w) if isinstance(w, int) else marks(*w) if isinstance(w, Marks) else listing(w),
+    "commas": lambda w: ", ".join(map(str, w)),
+    "word": number_word,
+    "th": lambda n: ORDINALS[n - 1],
+    "spelled": lambda w: " ".join(w),
+    "dashed": lambda w: "-".join(w),
+    "an": _one,
+    "girl": lambda w: gender()[w],
     "a": _indefinite,
     "the": _definite,
     "pl": lambda w: form(w, "the") if kind(w) == "unique" else plural(w),
     "his": lambda w: (form(w, "the") if w[0].islower() else w) + ("'" if kind(w) == "plural_only" else "'s"),
     "him": lambda w: w,
+    "name": lambda w: w,
+    "poss": lambda w: w + "'s",
+    "own": lambda w: {"girl": "her", "boy": "his"}[gender()[w]],
+    "obj": lambda w: {"girl": "her", "boy": "him"}[gender()[w]],
+    "in": _inside,
+    "on": lambda w: ("through " if w in ("the air", "space") else "on ") + w,
+    "head": lambda w: w.partition(" ")[0],
+    "tail": lambda w: w.partition(" ")[2],
+    "count": lambda w: "none" if w == "no" else w,
     "self": lambda w: {"girl": "herself", "boy": "himself"}[gender()[w]],
     "was": lambda w: "was",
     "they": lambda w: "they" if kind(w) in ("count", "plural_only") else "it",
