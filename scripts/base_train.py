@@ -29,25 +29,14 @@ from nanochat import (
     record,
     resume,
     runtime,
+    samples,
     scaling,
     schedule,
     train,
 )
-from nanochat.engine import Engine
 from nanochat.errors import Stopped, refuse
 from nanochat.gpt import GPT
-from nanochat.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
-
-PROMPTS = (  # greedy continuations shown during the run: facts, sums and opposites that a good model completes
-    "The capital of France is",
-    "The chemical symbol of gold is",
-    "If yesterday was Friday, then tomorrow will be",
-    "The opposite of hot is",
-    "The planets of the solar system are:",
-    "My favorite color is",
-    "If 5*x + 3 = 13, then x is",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,18 +188,6 @@ def bpb(model, corpus, tokenizer, cfg: Config, plan: scaling.Plan, rt: runtime.R
         return loss_eval.bits_per_byte(model, rows, tokenizer.token_bytes(), rt)
 
 
-def show_samples(model, tokenizer, log: record.Record, step: int) -> None:
-    """Greedy continuations of the prompts, on rank 0: printed and recorded."""
-    with train.resting(model):
-        engine = Engine(model, tokenizer)
-        ids = [tokenizer.encode(prompt, prepend=tokenizer.bos) for prompt in PROMPTS]
-        for prompt, (reply,) in zip(
-            PROMPTS, engine.complete(ids, Sampling(temperature=0.0, max_tokens=16)), strict=True
-        ):
-            log.event("sample", step=step, prompt=prompt, text=reply.text)
-            log.say(f"  {prompt}|{reply.text!r}")
-
-
 def main(cfg: Config) -> dict:
     """Train; returns the summary that also ends the record."""
     check(cfg)
@@ -236,7 +213,8 @@ def main(cfg: Config) -> dict:
     found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
     if found:
         resume.check(cfg, found, tokenizer, cfg.force)
-        meter, scaler, loader_state = resume.restore(found, model, optimizer, rt)
+        meter, scaler, states = resume.restore(found, model, optimizer, rt)
+        loader_state = dataloader.merge_states(states) if states[0] else None
         start = found.step
     forward, how = train.compiled(model, rt, cfg.compile != "off")
     log = record.Record(root / "record.jsonl", run=cfg.run, stage="base", config=cfg, main=rt.main,
@@ -256,11 +234,11 @@ def main(cfg: Config) -> dict:
         device=rt.device, mode=cfg.packing, state=loader_state,
     )  # fmt: skip
     with contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
-        batch, position = None, loader_state
+        batch = None
         for step in range(start, plan.iterations + 1):
             last, signum = step == plan.iterations, stop.agreed(rt)
             if signum or ((last or train.due(step, off(cfg.save_every))) and not (found and step == start)):
-                state = {"loader": position, "rng": train.rng_state()}
+                state = {"loader": batch.state if batch else loader_state, "rng": train.rng_state()}
                 checkpoint.save(
                     root, step, model=model, optimizer=optimizer, runtime=rt, rank_state=state, keep=off(cfg.keep),
                     meta=meta | {"meter": meter.state(), "scaler": scaler.state()},
@@ -280,7 +258,8 @@ def main(cfg: Config) -> dict:
                 metrics["core"] = core["core"]
                 log.eval(step, f"step {step:5d} | CORE {core['core']:.4f}", core=core["core"], core_tasks=core["tasks"])
             if rt.main and train.due(step, off(cfg.sample_every), last):
-                show_samples(model, tokenizer, log, step)
+                with train.resting(model):
+                    samples.continuations(model, tokenizer, log, step)
             if last:
                 break
             began = time.perf_counter()
@@ -289,11 +268,10 @@ def main(cfg: Config) -> dict:
                 loss = forward(batch.inputs, batch.targets)
                 (loss * (scaler.scale / plan.accum)).backward()
                 meter.add(loss, batch.targets.numel())
-            position = batch.state
             loss = meter.mean(rt)
             lr_mult = schedule.lr(step, plan.iterations, plan.warmup_steps, plan.warmdown_ratio, plan.final_lr_frac)
             norm = train.optimizer_step(
-                optimizer, scaler, loss, step=step, position=position, lr_mult=lr_mult,
+                optimizer, scaler, loss, step=step, position=f"{meter.tokens:,} tokens", lr_mult=lr_mult,
                 momentum=schedule.momentum(step, plan.iterations, plan.warmdown_ratio),
                 weight_decay=plan.weight_decay * schedule.weight_decay(step, plan.iterations),
             )  # fmt: skip

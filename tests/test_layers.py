@@ -17,7 +17,7 @@ LAYERS = [
     {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "resume"},
     {"sampling", "tools", "streaming", "kvcache", "engine", "sandbox", "execution"},
-    {"loss_eval", "core_eval", "chat_eval", "report"},
+    {"loss_eval", "core_eval", "chat_eval", "samples", "report"},
     {"serve"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
