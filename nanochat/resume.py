@@ -61,10 +61,12 @@ def check(cfg: Any, found: checkpoint.Checkpoint, tokenizer: Any, force: bool = 
         raise UserError("\n  ".join([f"{found.path} can't be resumed with these flags:", *differ, remedy]))
 
 
-def restore(found: checkpoint.Checkpoint, model: Any, optimizer: Any, runtime: Runtime) -> tuple[Any, Any, dict]:
-    """Put weights, moments, meter, scaler and random state back; returns (meter, scaler, this rank's loader state).
+def restore(
+    found: checkpoint.Checkpoint, model: Any, optimizer: Any, runtime: Runtime
+) -> tuple[train.Meter, train.Scaler, list[dict]]:
+    """Put weights, moments, meter, scaler and random state back -> (meter, scaler, each rank's loader state).
 
-    On another world size each rank starts a random state of its own; the loader's state is merged from all ranks.
+    On another world size each rank begins a random state of its own; loader states can be merged from all ranks.
     """
     checkpoint.restore(model, found.weights(runtime.device), found.path)
     moments = found.optimizer()
@@ -74,13 +76,5 @@ def restore(found: checkpoint.Checkpoint, model: Any, optimizer: Any, runtime: R
     states = found.rank_states()
     if found.world == runtime.world:
         train.set_rng_state(states[runtime.rank]["rng"])
-    return train.Meter(**found.meta["meter"]), train.Scaler(**found.meta["scaler"]), merged(states)
-
-
-def merged(states: list[dict]) -> dict:
-    """One loader state from those of all ranks: what each knew of its own lanes, put together."""
-    whole: dict[str, Any] = {}
-    for state in states:
-        for key, value in (state.get("loader") or {}).items():
-            whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
-    return whole
+    loaders = [state.get("loader") or {} for state in states]
+    return train.Meter(**found.meta["meter"]), train.Scaler(**found.meta["scaler"]), loaders

@@ -14,7 +14,6 @@ Writes chatrl_checkpoints/<tag>/. `--resume` goes on bit for bit.
 
 import dataclasses
 import hashlib
-import math
 import time
 
 import torch
@@ -78,11 +77,6 @@ class Config:
     force: bool = False  # resume although flags differ
 
 
-EVAL_STEP = (
-    2**40
-)  # a step no run reaches: held-out replies are drawn with seeds of their own, the same at each evaluation
-
-
 @dataclasses.dataclass
 class Rollout:
     """One sampled reply: ids of prompt and reply, which were sampled, and its reward above its group's mean."""
@@ -124,8 +118,8 @@ def draw(
 ) -> tuple[list[Rollout], list[list[float]]]:
     """Sample all replies to the problems `indices` in one batch -> rollouts that teach, rewards by problem."""
     problems = [task[i] for i in indices]
-    room = engine.max_len - cfg.max_new_tokens
-    prompts = [chat.render_for_completion(p, tokenizer, max(room, 1)) for p in problems]
+    room = max(engine.max_len // 2, engine.max_len - cfg.max_new_tokens)  # a long prompt gives way, by half at most
+    prompts = [chat.render_for_completion(p, tokenizer, room, cut=True) for p in problems]
     params = [sampling(cfg, seed_of(cfg.seed, step, i)) for i in indices]
     groups = engine.complete(prompts, params, n=cfg.num_samples)
     rollouts, rewards = [], []
@@ -169,22 +163,14 @@ def learn(model, rollouts: list[Rollout], cfg: Config, scale: float, device: tor
 
 
 def evaluate(model, task, tokenizer, cfg: Config, rt: runtime.Runtime) -> dict[str, float]:
-    """Unbiased pass@k for k = 1 .. eval_samples on the held-out problems, and the standard error of pass@1."""
+    """Unbiased pass@k on the held-out problems, and the standard error of pass@1; the same draws at every step."""
     with train.resting(model):
-        engine = Engine(model, tokenizer)
-        some = dataclasses.replace(cfg, num_samples=cfg.eval_samples)
-        indices = list(range(min(cfg.eval_examples, len(task))))[rt.rank :: rt.world]
-        rights = []
-        for start in range(0, len(indices), 64):
-            _, rewards = draw(engine, task, indices[start : start + 64], some, EVAL_STEP, tokenizer)
-            rights += [sum(r > 0 for r in group) for group in rewards]
-    rights = [right for part in rt.gather(rights) for right in part]
-    n, k_max = len(rights), cfg.eval_samples
-    result = {f"pass@{k}": sum(chat_eval.pass_at_k(k_max, c, k) for c in rights) / n for k in (1, *range(2, k_max + 1))}
-    ones = [c / k_max for c in rights]
-    mean = sum(ones) / n
-    result["pass@1_se"] = math.sqrt(sum((x - mean) ** 2 for x in ones) / max(n - 1, 1) / n)
-    return result
+        result = chat_eval.evaluate(
+            task, Engine(model, tokenizer), tokenizer, runtime=rt, max_problems=cfg.eval_examples,
+            num_samples=cfg.eval_samples, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+            top_k=cfg.top_k or None, seed=cfg.seed, name="pass@k",
+        )  # fmt: skip
+    return {f"pass@{k}": value for k, value in result["pass_at_k"].items()} | {"pass@1_se": result["stderr"]}
 
 
 def main(cfg: Config) -> dict:

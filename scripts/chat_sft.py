@@ -50,7 +50,6 @@ class Config:
     identity: str = ""  # JSON-lines file of conversations about the model itself (tasks/customjson.py)
     mmlu_epochs: int = 3  # times MMLU's auxiliary questions are in the mixture
     gsm8k_epochs: int = 4  # times GSM8K is in the mixture
-    max_conversations: int = -1  # use only so many of the mixture
     # horizon
     num_iterations: int = -1  # updates; -1: one epoch
     max_seq_len: int = -1  # row length, tokens
@@ -115,15 +114,15 @@ def validation_bpb(model, task, tokenizer, cfg: Config, size: dict, rt: runtime.
         return loss_eval.bits_per_byte(model, rows, tokenizer.token_bytes(), rt)
 
 
-def chat_core(model, tokenizer, tasks: dict, cfg: Config, rt: runtime.Runtime) -> dict:
-    """Accuracy by task, and their centred mean "chatcore"."""
+def chat_core(model, tokenizer, judges: dict, cfg: Config, rt: runtime.Runtime) -> dict[str, float]:
+    """Accuracy by task, and ChatCORE."""
+    results = {}
     with train.resting(model):
         engine = Engine(model, tokenizer)
-        results = {}
-        for name, task in tasks.items():
+        for name, task in judges.items():
             most = cfg.chatcore_max_cat if task.eval_type == "categorical" else cfg.chatcore_max_sample
-            results[name] = chat_eval.evaluate(task, engine, tokenizer, max_problems=off(most), runtime=rt)["accuracy"]
-    return {**results, "chatcore": chat_eval.chat_core(results)}
+            results[name] = chat_eval.evaluate(task, engine, tokenizer, runtime=rt, max_problems=off(most), name=name)
+    return {name: one["accuracy"] for name, one in results.items()} | {"chatcore": chat_eval.chat_core(results)}
 
 
 def main(cfg: Config) -> dict:
@@ -139,7 +138,11 @@ def main(cfg: Config) -> dict:
     size = settle(cfg, base, rt.world)
     root = checkpoint.folder("sft") / base.path.parent.name
     # 3. data ---------------------------------------------------------------------------------------------------------
-    data, held_out, chat_tasks = mixtures.sft(base.meta["dataset"]["dataset"], cfg)
+    corpus = base.meta["dataset"]["dataset"]
+    data, held_out = mixtures.sft(
+        corpus, mmlu_epochs=cfg.mmlu_epochs, gsm8k_epochs=cfg.gsm8k_epochs, identity=cfg.identity
+    )
+    judges = mixtures.judges(corpus) if off(cfg.chatcore_every) else {}
     # 4. optimizer ----------------------------------------------------------------------------------------------------
     lrs = scaling.learning_rates(model.config, scaling.lr_multiplier(size["batch"]), **size["rates"])
     optimizer = optim.MuonAdamW(model.roles(), {role: lr * cfg.init_lr_frac for role, lr in lrs.items()}, rt)
@@ -147,7 +150,8 @@ def main(cfg: Config) -> dict:
     found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
     if found:
         resume.check(cfg, found, tokenizer, cfg.force)
-        meter, scaler, loader_state = resume.restore(found, model, optimizer, rt)
+        meter, scaler, states = resume.restore(found, model, optimizer, rt)
+        loader_state = dataloader.merge_states(states) if states[0] else None
         start = found.step
     elif cfg.load_optimizer and (moments := base.optimizer()) is not None:
         optimizer.load_state(moments)
@@ -187,7 +191,7 @@ def main(cfg: Config) -> dict:
                 metrics["val_bpb"] = validation_bpb(model, held_out, tokenizer, cfg, size, rt)
                 log.eval(step, f"step {step:5d} | validation bpb {metrics['val_bpb']:.4f}", val_bpb=metrics["val_bpb"])
             if train.due(step, off(cfg.chatcore_every), last):
-                metrics |= (scores := chat_core(model, tokenizer, chat_tasks, cfg, rt))
+                metrics |= (scores := chat_core(model, tokenizer, judges, cfg, rt))
                 log.eval(step, f"step {step:5d} | ChatCORE {scores['chatcore']:.4f}", **scores)
             if last:
                 break
@@ -205,7 +209,7 @@ def main(cfg: Config) -> dict:
             loss = meter.mean(rt)
             lr_mult = schedule.sft_lr(done, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)
             norm = train.optimizer_step(
-                optimizer, scaler, loss, step=step, position=position, lr_mult=lr_mult,
+                optimizer, scaler, loss, step=step, position=f"conversation {position['consumed']:,}", lr_mult=lr_mult,
                 momentum=schedule.sft_momentum(step, off(cfg.num_iterations)),
             )  # fmt: skip
             rt.synchronize()

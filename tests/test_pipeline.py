@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, record, resume
+from nanochat import checkpoint, record
 from nanochat.errors import UserError
 from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft, report, tok_train
 
@@ -99,11 +99,6 @@ def test_resume_with_other_flags_is_refused_and_lists_them_pitfall_8(here):
     cfg = dataclasses.replace(BASE, resume=True, matrix_lr=0.5, seed=7)
     with pytest.raises(UserError, match=r"(?s)--seed is 7 now.*--matrix-lr is 0\.5 now.*--force"):
         base_train.main(cfg)
-
-
-def test_a_loader_state_is_put_together_from_all_ranks():
-    states = [{"loader": {"rows": 3, "lanes": {"0": 1}}}, {"loader": {"rows": 3, "lanes": {"1": 2}}}]
-    assert resume.merged(states) == {"rows": 3, "lanes": {"0": 1, "1": 2}}
 
 
 def test_a_signal_saves_and_leaves_with_its_code_and_resume_ends_in_the_same_place(here):

@@ -1,0 +1,54 @@
+"""Which tasks a model is fine-tuned, reinforced and judged on: one place, shared by the chat stages.
+
+A model pretrained on the embedded world learns to talk in it; any other gets the published diet: SmolTalk, MMLU, GSM8K,
+spelling, and conversations about itself where there are any.
+"""
+
+from tasks import common
+from tasks.arc import ARC
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.tinyworld import TinyWorldFacts, TinyWorldSums, TinyWorldTalk
+
+TINYWORLD_TALKS = 200_000  # an epoch: more than a small run sees, so nothing is seen twice
+TINYWORLD_SUMS = 4096  # problems for reinforcement
+
+
+def sft(dataset: str, *, mmlu_epochs: int = 3, gsm8k_epochs: int = 4, identity: str = "") -> tuple:
+    """(training mixture, validation mixture) for a model pretrained on `dataset`. Sizes as published."""
+    own = [CustomJSON(identity)] * 2 if identity else []
+    if dataset == "tinyworld":
+        return common.TaskMixture([TinyWorldTalk("train", TINYWORLD_TALKS), *own]), TinyWorldTalk("test", 2000)
+    train = [SmolTalk("train"), *[MMLU("auxiliary_train")] * mmlu_epochs, *[GSM8K("main", "train")] * gsm8k_epochs]
+    spelling = [SimpleSpelling("train", 200_000), SpellingBee("train", 80_000)]
+    held_out = [SmolTalk("test"), MMLU("test", stop=5200), GSM8K("main", "test", stop=420)]
+    return common.TaskMixture([*train, *spelling, *own]), common.TaskMixture(held_out)
+
+
+def judges(dataset: str, split: str = "test") -> dict[str, common.Task]:
+    """The tasks whose centred mean is ChatCORE, by name."""
+    if dataset == "tinyworld":
+        return {
+            "facts": TinyWorldFacts("open", split),
+            "choice": TinyWorldFacts("choice", split),
+            "sums": TinyWorldSums(split, 200),
+        }
+    return {
+        "ARC-Easy": ARC("ARC-Easy", split),
+        "ARC-Challenge": ARC("ARC-Challenge", split),
+        "MMLU": MMLU(split),
+        "GSM8K": GSM8K("main", split),
+        "HumanEval": HumanEval(),
+        "SpellingBee": SpellingBee(split, 256),
+    }
+
+
+def rl(task: str) -> tuple[common.Task, common.Task]:
+    """(problems to learn from, held-out problems): tinyworld's sums for "tinyworld", else GSM8K."""
+    if task == "tinyworld":
+        return TinyWorldSums("train", TINYWORLD_SUMS), TinyWorldSums("test", 400)
+    return GSM8K("main", "train"), GSM8K("main", "test")
