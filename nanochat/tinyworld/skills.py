@@ -66,16 +66,14 @@ def letters(rng: Random, test: bool) -> list[Turn]:
     if draw < 0.65:
         return [(rng.choice(SPELL_ASKS).format(word), f"The word {word} is spelled {'-'.join(word)}.")]
     if draw < 0.85:
-        end, verb = rng.choice((("first", "begins"), ("last", "ends")))
-        letter = word[0] if end == "first" else word[-1]
+        end, verb, letter = rng.choice((("first", "begins", word[0]), ("last", "ends", word[-1])))
         return [(f"What is the {end} letter of {word}?", f"The word {word} {verb} with the letter {letter}.")]
-    return [
-        (rng.choice(LENGTH_ASKS).format(word), f"{'-'.join(word)}: that is {world.number_word(len(word))} letters.")
-    ]
+    length = world.number_word(len(word))
+    return [(rng.choice(LENGTH_ASKS).format(word), f"{'-'.join(word)}: {length} letters.")]
 
 
 SPELL_ASKS = (
-    "Spell {}.", "How do you spell {}?", "Can you spell {}?", "Please spell the word {}.", "How is the word {} spelled?",
+    "Spell {}.", "How do you spell {}?", "Can you spell {}?", "Please spell the word {}.", "How is {} spelled?",
     "Can you spell the word {} for me?", "Tell me how to spell {}.", "What are the letters of {}?",
 )  # fmt: skip
 LENGTH_ASKS = ("How many letters are in {}?", "How many letters does {} have?", "Count the letters of {}.")

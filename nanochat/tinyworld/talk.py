@@ -6,12 +6,13 @@ held-out combination occurs (questions.py, sums.py, skills.py); in "val" and "te
 held-out one wherever the kind has combinations. Small talk has few wordings and is the same in all splits.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 from random import Random
 
 from nanochat.errors import UserError
-from nanochat.tinyworld import facts, questions, skills, sums, world
+from nanochat.tinyworld import facts, questions, skills, stories, sums, world
 from nanochat.tinyworld.facts import Fact
 from nanochat.tinyworld.questions import careless, draws, upper_first
 from nanochat.tinyworld.skills import SHARE, Turn
@@ -34,7 +35,7 @@ WEIGHTS = {
 
 
 def conversation(split: str, i: int, seed: int = 0) -> dict:
-    """Conversation number `i` (0, 1, 2, ...) of a split: {"messages": [...]}, 1 to 5 turns. UserError: no such split."""
+    """Conversation `i` (0, 1, 2, ...) of a split: {"messages": [...]}, 1 to 5 turns. UserError: no such split."""
     if split not in SPLITS:
         raise UserError(f"tinyworld has no split {split!r}: choose one of {', '.join(SPLITS)}.")
     rng = Random(f"talk {seed} {split} {i}")
@@ -219,9 +220,30 @@ def plain_questions(fact: Fact) -> list[str]:
 # -- stories -----------------------------------------------------------------------------------------------------------
 
 
+STORY_ASKS = (
+    "Tell me a story{}.", "Can you tell me a story{}?", "Please tell me a short story{}.", "I want to hear a story{}.",
+    "Write a short story{}.", "Tell me a bedtime story{}, please.", "Do you know a story{}?", "A story{}, please!",
+)  # fmt: skip
+STORY_WORDS = 70  # longest story told in a conversation
+QUESTION_LINE = re.compile(r'([A-Z][^?"]+\?) ([A-Z][^?"]+\.)')
+
+
 def story(rng: Random, test: bool) -> list[Turn]:
-    """A short story on request."""
-    return about_facts(rng, test)
+    """A short story on request, perhaps about somebody, and perhaps a question about it."""
+    body, asked = short_story(rng, "val" if test else "train")
+    heroes = [word for word in re.findall(r"[A-Z][a-z]+", body) if word in world.gender()]
+    about = f" about {heroes[0]}" if heroes and rng.random() < 0.4 else ""
+    return [(careless(rng, rng.choice(STORY_ASKS).format(about)), body), *asked[:1]]
+
+
+def short_story(rng: Random, split: str) -> tuple[str, list[Turn]]:
+    """(a story of at most `STORY_WORDS` words, the questions and answers that followed it)."""
+    while True:
+        lines = stories.story(split, rng).split("\n")
+        asked = [match.groups() for line in lines if (match := QUESTION_LINE.fullmatch(line))]
+        body = " ".join(line for line in lines if line and not QUESTION_LINE.fullmatch(line))
+        if len(body.split()) <= STORY_WORDS:
+            return body, asked
 
 
 KINDS: dict[str, Callable[[Random, bool], list[Turn]]] = {
