@@ -158,7 +158,7 @@ def learn(model, rollouts: list[Rollout], cfg: Config, scale: float, device: tor
         inputs, targets, weights = rows_of(ordered[start : start + cfg.device_batch_size], device)
         loss = (model(inputs, targets, reduction="none") * weights).sum()
         (loss * scale).backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total
 
 
