@@ -22,13 +22,22 @@ OPENERS = (
     "Hi! {}", "Hello! {}", "Hey, {}", "Hello nanochat, {}", "Please tell me: {}", "Quick question: {}", "Okay, {}",
     "I have a question. {}", "Can you help me? {}", "I am curious: {}", "One more question: {}", "Now tell me, {}",
     "{} Please tell me.", "{} I forgot.", "{} I want to know.", "{} Thank you!", "{} Do you know?", "So, {}",
+    "My friend asks: {}", "We are playing a quiz. {}", "This is for my homework. {}", "In school they asked: {}",
+    "I am reading a book. {}", "My mother wants to know: {}", "I am not sure. {}", "{} I am not sure.",
+    "I am learning English. {}", "Let us play. {}", "Listen: {}", "Think well. {}",
 )  # fmt: skip
 EMBEDDERS = (
     "Tell me {}.", "Please tell me {}.", "Do you know {}?", "Can you tell me {}?", "Could you tell me {}, please?",
     "I want to know {}.", "I would like to know {}.", "Can you say {}?", "I forgot {}.", "I need to know {}.",
     "Please say {}.", "Could you please tell me {}?", "Hi, can you tell me {}?", "Hello! Do you know {}?",
 )  # fmt: skip
-FOLLOW_UPS = ("And {}?", "What about {}?", "And what about {}?", "How about {}?", "And {}, please?", "Now {}?")
+FOLLOW_UPS = ("And {}?", "What about {}?", "And what about {}?", "How about {}?", "And {}, please?", "And now {}?")
+SCENES = (  # what someone says of a thing before asking about it
+    "I see {a}.", "I have {a}.", "Look, here is {a}.", "Think of {a}.", "I like {p}.", "Here is a picture of {a}.",
+    "I read about {a}.", "We talk about {a} in school.", "My brother talks about {a}.", "There is {a} in my book.",
+    "I dreamed of {a}.", "My friend told me about {a}.", "Let us talk about {a}.", "I know {a}.",
+)  # fmt: skip
+ABOUT_IT = re.compile(r"\{(does|is|has)\} \{a\}")  # questions that can say "it" for {a}
 VERB_RELATIONS = ("job", "moves", "used_for", "body", "cannot")  # whose objects are verb phrases
 
 
@@ -180,9 +189,14 @@ def spoken(rng: Random, core: Core, fact: Fact) -> str:
     if core.form == "tell":
         text = rng.choice(EMBEDDERS).format(text)
     elif rng.random() < 0.35:
-        opener = rng.choice(OPENERS)
-        text = opener.format(inside(upper_first(text)) if opener.endswith(", {}") else upper_first(text))
+        text = opened(rng, text)
     return careless(rng, upper_first(text))
+
+
+def opened(rng: Random, text: str) -> str:
+    """A question behind an opener or before an ending."""
+    opener = rng.choice(OPENERS)
+    return opener.format(inside(upper_first(text)) if opener.endswith(", {}") else upper_first(text))
 
 
 def careless(rng: Random, text: str) -> str:
@@ -196,6 +210,31 @@ def careless(rng: Random, text: str) -> str:
 def ask(rng: Random, fact: Fact, test: bool) -> str:
     """A forward question about the fact."""
     return spoken(rng, rng.choice(cores(fact, test)), fact)
+
+
+def ask_of_it(rng: Random, fact: Fact, test: bool) -> str | None:
+    """A direct question that says "it" ("they") for its subject, if the split has one of the right form."""
+    fitting = pronoun_templates(fact, test)
+    if not fitting:
+        return None
+    return upper_first(rng.choice(fitting).format_map(slots(fact) | {"a": slots(fact)["it"]}))
+
+
+@cache
+def pronoun_templates(fact: Fact, test: bool) -> tuple[str, ...]:
+    """The split's direct questions in which "it" may stand for the subject."""
+    if fact.subject[0].isupper():
+        return ()
+    direct = (c.template for c in cores(fact, test) if c.form == "ask" and ABOUT_IT.search(c.template))
+    return tuple(t for t in direct if t.count("{a}") == 1 and "{p}" not in t and "{it}" not in t)
+
+
+def ask_in_scene(rng: Random, fact: Fact, test: bool) -> str | None:
+    """The subject in a sentence of its own, then the question about it."""
+    question, scene = ask_of_it(rng, fact, test), rng.choice(SCENES)
+    if question is None or not fits(scene, fact):
+        return None
+    return careless(rng, f"{fill(scene, fact)} {question}")
 
 
 def ask_back(rng: Random, fact: Fact, test: bool) -> str:
@@ -271,8 +310,8 @@ def _patterns(fact: Fact, back: bool) -> tuple[re.Pattern, re.Pattern, re.Patter
         rights = {f.subject for f in known if facts.true(f.subject, relation, fact.object)}
         rivals, given = {f.subject for f in known} - rights, fact.object
     else:
-        rights, given = {fact.object}, fact.subject
-        rivals = {o for o in _all_objects(relation) if not facts.true(given, relation, o)}
+        rights, given = facts.objects(fact.subject, relation), fact.subject
+        rivals = set(_all_objects(relation)) - rights
     must = _words([text for name in rights for text in spellings(relation, name, not back)])
     harmless = set(wordings(relation, "say")[0].lower().split())  # "The past of go is went." names no verb "is"
     wrong = {text for name in rivals for text in spellings(relation, name, not back)} - harmless
@@ -281,10 +320,10 @@ def _patterns(fact: Fact, back: bool) -> tuple[re.Pattern, re.Pattern, re.Patter
 
 
 def right(fact: Fact, reply: str, back: bool = False) -> bool:
-    """Is the reply right? It names the object (asked backwards: the subject) as whole words, and no other candidate.
+    """Is the reply right? It names a true object (asked backwards: subject) as whole words, and no wrong one.
 
-    Candidates are the other objects (subjects) of the same relation; words of the question's own subject don't count.
-    What an animal cannot do must be said with "cannot".
+    Wrong ones are the objects (subjects) of the same relation that are not true; words of the question's own subject
+    don't count. What an animal cannot do must be said with "cannot".
     """
     must, given, wrong = _patterns(fact, back)
     if (

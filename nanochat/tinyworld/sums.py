@@ -15,6 +15,8 @@ import re
 import zlib
 from dataclasses import dataclass
 
+from nanochat.tinyworld import questions
+
 EASY = ("plain", "swapped", "story")
 HARD = ("chain", "large", "two_step")
 KINDS = EASY + HARD
@@ -215,7 +217,8 @@ def operator(rng: random.Random, ops: str = "+++--***/") -> str:
 def ask(rng: random.Random, expression: str, wording: str) -> str:
     """A question about `wording`, which is the expression in symbols or words; bare forms only fit symbols."""
     asks = ASKS + BARE if wording == expression else ASKS
-    return rng.choice(asks).format(e=wording)
+    text = rng.choice(asks).format(e=wording)
+    return questions.opened(rng, text) if rng.random() < 0.2 else text
 
 
 def make_plain(rng: random.Random, test: bool, sizes=(1, 2, 2, 2, 3, 3, 3), ops="+++--***/") -> Problem:

@@ -76,6 +76,8 @@ def first_question(rng: Random, fact: Fact, test: bool) -> Turn:
         return questions.yes_or_no(rng, fact)
     if draw < 0.34 and questions.wordings(fact.relation, "yes") and questions.other_objects(fact):
         return questions.either_or(rng, fact)
+    if draw > 0.85 and (question := questions.ask_in_scene(rng, fact, test)):
+        return question, questions.answer(fact)
     return questions.ask(rng, fact, test), questions.answer(fact)
 
 
@@ -86,8 +88,8 @@ def next_question(rng: Random, before: Fact, test: bool) -> tuple[Fact, Turn]:
         fact = rng.choice(facts.relations()[before.relation])
         return fact, (follow_up(rng, fact), questions.answer(fact))
     others = [f for f in same_subject(before) if questions.cores(f, test)]
-    if draw < 0.7 and others and (question := with_pronoun(rng, fact := rng.choice(others), test)):
-        return fact, (question, questions.answer(fact))
+    if draw < 0.7 and others and (question := questions.ask_of_it(rng, fact := rng.choice(others), test)):
+        return fact, (careless(rng, question), questions.answer(fact))
     fact = questions.draw_fact(rng, test)
     return fact, first_question(rng, fact, test)
 
@@ -108,16 +110,6 @@ def same_subject(fact: Fact) -> tuple[Fact, ...]:
     """Other facts about the subject, as a thing and not as a word."""
     wordy = ("opposite", "past", "plural", "female", "next_number", "group", "title", "how_many", "body")
     return tuple(f for f in facts.about()[fact.subject] if f.relation not in (*wordy, fact.relation))
-
-
-def with_pronoun(rng: Random, fact: Fact, test: bool) -> str | None:
-    """A direct question that calls its subject "it" ("they"), if one of the split's has the right form."""
-    fitting = [c.template for c in questions.cores(fact, test) if c.form == "ask" and c.template.count("{a}") == 1]
-    fitting = [t for t in fitting if not t.startswith("{a}") and "'s" not in t and "{p}" not in t and "{it}" not in t]
-    if not fitting or fact.subject[0].isupper():
-        return None
-    pronoun = questions.slots(fact)["it"]
-    return careless(rng, upper_first(rng.choice(fitting).format_map(questions.slots(fact) | {"a": pronoun})))
 
 
 # -- sums ------------------------------------------------------------------------------------------------------------
