@@ -53,9 +53,9 @@ class Record:
         self.path = Path(path)
         if not main:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.file = open(self.path, "a", encoding="utf-8")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
         except OSError as error:
             raise UserError(f"The record {self.path} can't be written ({error.strerror}).") from error
         if run != "dummy":
@@ -71,11 +71,11 @@ class Record:
         return wandb.init(project="nanochat", name=run, group=stage, config=config, mode=mode)
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append one row and flush it."""
+        """Append one row; the file is open only for that long, so a run that dies leaves nothing behind."""
         if self.main:
             row = {"kind": kind, "time": round(time.time(), 3), **plain(values)}
-            self.file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-            self.file.flush()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
 
     def step(self, step: int, console: str = "", **values: Any) -> None:
         """Append a training step; `console` is the line for people."""
@@ -100,12 +100,9 @@ class Record:
             print(text, flush=True)
 
     def close(self, **summary: Any) -> None:
-        """Append the summary row and let the files go."""
-        if not self.main:
-            return
+        """Append the summary row and let wandb go."""
         self.event("summary", **summary)
-        self.file.close()
-        if self.wandb is not None:
+        if self.main and self.wandb is not None:
             self.wandb.finish()
 
 

@@ -59,9 +59,9 @@ def scores(rows: list[dict]) -> dict[str, float]:
 
 
 def seconds(rows: list[dict]) -> float:
-    """Wall-clock seconds between a record's first and last row of its newest life."""
-    start = max(i for i, row in enumerate(rows) if row["kind"] == "start")
-    return rows[-1]["time"] - rows[start]["time"]
+    """Wall-clock seconds of a stage: of training itself where the summary says so, else from first to last row."""
+    stated = [row["seconds"] for row in rows if row["kind"] == "summary" and row.get("seconds")]
+    return stated[-1] if stated else rows[-1]["time"] - rows[0]["time"]
 
 
 def figure(curves: list[tuple[str, list[float], list[float]]], title: str, unit: str) -> str:

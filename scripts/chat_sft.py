@@ -30,7 +30,7 @@ from nanochat import (
 )
 from nanochat.engine import Engine
 from nanochat.errors import Stopped, UserError, refuse
-from tasks import mixtures
+from tasks import mixtures, suite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def main(cfg: Config) -> dict:
     data, held_out = mixtures.sft(
         corpus, mmlu_epochs=cfg.mmlu_epochs, gsm8k_epochs=cfg.gsm8k_epochs, identity=cfg.identity
     )
-    judges = mixtures.judges(corpus) if off(cfg.chatcore_every) else {}
+    judges = {name: suite.make(name) for name in suite.names(corpus)} if off(cfg.chatcore_every) else {}
     # 4. optimizer ----------------------------------------------------------------------------------------------------
     lrs = scaling.learning_rates(model.config, scaling.lr_multiplier(size["batch"]), **size["rates"])
     optimizer = optim.MuonAdamW(model.roles(), {role: lr * cfg.init_lr_frac for role, lr in lrs.items()}, rt)

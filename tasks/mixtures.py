@@ -1,18 +1,16 @@
-"""Which tasks a model is fine-tuned, reinforced and judged on: one place, shared by the chat stages.
+"""What a model is fine-tuned and reinforced on, by the corpus it was pretrained on.
 
 A model pretrained on the embedded world learns to talk in it; any other gets the published diet: SmolTalk, MMLU, GSM8K,
 spelling, and conversations about itself where there are any.
 """
 
-from tasks import common
-from tasks.arc import ARC
+from tasks import common, suite
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
-from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
-from tasks.tinyworld import TinyWorldFacts, TinyWorldSums, TinyWorldTalk
+from tasks.tinyworld import TinyWorldSums, TinyWorldTalk
 
 TINYWORLD_TALKS = 200_000  # an epoch: more than a small run sees, so nothing is seen twice
 TINYWORLD_SUMS = 4096  # problems for reinforcement
@@ -27,24 +25,6 @@ def sft(dataset: str, *, mmlu_epochs: int = 3, gsm8k_epochs: int = 4, identity: 
     spelling = [SimpleSpelling("train", 200_000), SpellingBee("train", 80_000)]
     held_out = [SmolTalk("test"), MMLU("test", stop=5200), GSM8K("main", "test", stop=420)]
     return common.TaskMixture([*train, *spelling, *own]), common.TaskMixture(held_out)
-
-
-def judges(dataset: str, split: str = "test") -> dict[str, common.Task]:
-    """The tasks whose centred mean is ChatCORE, by name."""
-    if dataset == "tinyworld":
-        return {
-            "facts": TinyWorldFacts("open", split),
-            "choice": TinyWorldFacts("choice", split),
-            "sums": TinyWorldSums(split, 200),
-        }
-    return {
-        "ARC-Easy": ARC("ARC-Easy", split),
-        "ARC-Challenge": ARC("ARC-Challenge", split),
-        "MMLU": MMLU(split),
-        "GSM8K": GSM8K("main", split),
-        "HumanEval": HumanEval(),
-        "SpellingBee": SpellingBee(split, 256),
-    }
 
 
 def rl(task: str) -> tuple[common.Task, common.Task]:

@@ -60,9 +60,8 @@ def test_record_rows_survive_a_resume_and_a_torn_line(tmp_path):
     first = record.Record(path, stage="base", config={})
     for step in range(4):
         first.step(step, loss=float(step))
-    first.file.write('{"kind": "st')  # killed here
-    first.file.write("\n")
-    first.file.close()
+    with path.open("a") as file:
+        file.write('{"kind": "st\n')  # killed here
     second = record.Record(path, stage="base", config={}, resume_step=2)
     second.step(2, loss=20.0)
     second.close(best=float("nan"))
