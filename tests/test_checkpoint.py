@@ -204,7 +204,7 @@ from nanochat import checkpoint
 count = 0
 def die_at(event, args):
     global count
-    if event in ("open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree") and "d4" in str(args[:1]):
+    if event in ("os.remove", "os.rmdir") or event in ("open", "os.rename", "os.mkdir") and "d4" in str(args[:1]):
         count += 1
         if count == int(sys.argv[2]):
             os._exit(9)
@@ -237,6 +237,8 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints_pitfall_6(root):
         assert status in (0, 9)
         path, _ = checkpoint.newest_good(root)
         assert path is not None and path.name in ("step_000001", "step_000002")
+        for step in checkpoint.complete_steps(root):
+            checkpoint.load(root / f"step_{step:06d}").verify()
         seed = checkpoint.load(path).step
         assert torch.equal(checkpoint.load(path).weights()["lm_head.weight"], tiny(seed).lm_head.weight)
         if status == 0:
@@ -280,6 +282,16 @@ def test_every_damaged_file_is_named_and_the_newest_good_step_used(root, name, d
     assert "\n" not in str(caught.value)
     good, notes = checkpoint.newest_good(root)
     assert good.name == "step_000001" and len(notes) == 1
+
+
+def test_a_changed_manifest_is_itself_named(root):
+    """Else the blame would fall on a file that is whole."""
+    path = write(root, 1)
+    text = (path / "manifest.json").read_text()
+    size = str((path / "meta.json").stat().st_size)
+    (path / "manifest.json").write_text(text.replace(size, str(int(size) + 1)))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        checkpoint.load(path)
 
 
 def test_damage_is_found_when_a_file_is_used_too(root):

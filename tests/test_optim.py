@@ -103,6 +103,17 @@ def test_moments_stay_fine_enough_for_slow_averages_pitfall_23():
     assert double.state()["e.exp_avg"].dtype == torch.float64
 
 
+def test_the_published_adamw_table():
+    assert {role: tuple(rule) for role, rule in optim.ADAM_RULES.items()} == {
+        "head": (0.8, 0.96, 0.01, 1e-10),
+        "embedding": (0.8, 0.995, 0.001, 1e-10),
+        "value_embedding": (0.8, 0.995, 0.01, 1e-10),
+        "resid": (0.8, 0.95, 0.05, 1e-10),
+        "x0": (0.96, 0.95, 0.0, 1e-10),
+        "smear_backout": (0.8, 0.95, 0.0, 1e-10),
+    }
+
+
 def test_an_unknown_role_is_refused():
     with pytest.raises(ValueError, match="gate"):
         single([("g", torch.nn.Parameter(torch.zeros(4)))], "gate")
