@@ -16,9 +16,9 @@ from nanochat.tinyworld.facts import Fact
 
 HELD_OUT = "heldout_phrasings.tsv"
 RULES = {
-    "facts": "The reply names a true word (or its plural, inflected verb or digits) as a whole word, and no false one: no "
-    "other object of the same relation; words of the question's own subject don't count. Asked for the subject, the same "
-    "with subjects. What something cannot do must be said with cannot.",
+    "facts": "The reply names a true word (or its plural, inflected verb or digits) as a whole word, and no false one, "
+    "no other object of the same relation; words of the question's own subject don't count. Asked for the subject, "
+    "the same with subjects. What something cannot do must be said with cannot.",
     "sums": "The last number of the reply is the result, and the calculator was called and answered.",
     "identity": 'The reply contains the word "nanochat".',
     "free": "A document of the validation split is begun (5 to 12 words) and continued. Good: at least one sentence is "

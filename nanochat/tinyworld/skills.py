@@ -78,13 +78,13 @@ SPELL_ASKS = (
 )  # fmt: skip
 LENGTH_ASKS = ("How many letters are in {}?", "How many letters does {} have?", "Count the letters of {}.")
 COUNT_ASKS = (
-    "How many times is the letter {l} in '{w}'?", "How many {l} are in '{w}'?", "How many letters {l} are in '{w}'?",
-    "How often does {l} come in '{w}'?", "Count the letter {l} in '{w}'.", "How often is {l} in the word '{w}'?",
+    'How many times is the letter {l} in "{w}"?', 'How many {l} are in "{w}"?', 'How many letters {l} are in "{w}"?',
+    'How often does {l} come in "{w}"?', 'Count the letter {l} in "{w}".', 'How often is {l} in the word "{w}"?',
 )  # fmt: skip
 
 
 def count_letter(rng: Random, test: bool) -> Turn:
-    """A letter counted with the tool, which can do it for any word."""
+    """A letter counted with the tool; its quotation marks, used in both places, keep the word in the same tokens."""
     while True:
         fact = rng.choice(facts.facts())
         word = rng.choice((fact.subject, fact.object)).split()[-1].lower()
@@ -93,7 +93,7 @@ def count_letter(rng: Random, test: bool) -> Turn:
             break
     n = word.count(letter)
     parts = [
-        {"type": "python", "text": f"'{word}'.count('{letter}')"},
+        {"type": "python", "text": f'"{word}".count("{letter}")'},
         {"type": "python_output", "text": str(n)},
         {"type": "text", "text": f"The letter {letter} is in {word} {n} {'time' if n == 1 else 'times'}."},
     ]
