@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import os
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +32,7 @@ from nanochat.runtime import Runtime
 
 SMOOTHING = 0.9  # of the logged loss: the last 10 steps, roughly
 UNTIMED = 10  # first steps of a process that the mean speed leaves out: compilation, page faults
+GRACE = 2.0  # seconds in which further signals count as the same wish to stop
 GC_EVERY = 5000  # steps between collections while the collector is off
 
 
@@ -176,13 +179,16 @@ def optimizer_step(optimizer, scaler: Scaler, loss: float, *, step: int, positio
 class StopSignal:
     """While entered, SIGTERM, SIGINT and SIGUSR1 only set a flag, so that the run can finish its step and save.
 
-    A second signal leaves at once, by the system's default action; what is saved stays whole (checkpoints are atomic).
+    A second signal, GRACE seconds later or more, leaves at once by the system's default action; what is saved stays
+    whole (checkpoints are atomic). The grace is there because Ctrl-C under torchrun reaches a rank twice: from the
+    terminal and from the launcher.
     """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 
     def __init__(self):
         self.received = 0  # signal number on this rank, 0 = none
+        self.since = 0.0  # when, on the monotonic clock
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -198,9 +204,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
-        self.received = number
-        for other in self.before:
-            signal.signal(other, signal.SIG_DFL)
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since >= GRACE:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agreed(self, runtime: Runtime) -> int:
         """The signal that any rank received, on every rank; 0 if none. Collective: call it once a step."""
@@ -273,9 +281,10 @@ def compiler_problem(device: torch.device) -> str | None:
         return "torch.compile is not used on MPS"
     if device.type == "cuda":
         return None
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    compiler = shutil.which(name)
     if compiler is None:
-        return "no C++ compiler found (g++ or clang++)"
+        return f"no C++ compiler found ({name})"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <Python.h>\n#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n")
