@@ -4,7 +4,7 @@ A model pretrained on the embedded world learns to talk in it; any other gets th
 spelling, and conversations about itself where there are any.
 """
 
-from tasks import common, suite
+from tasks import common
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
