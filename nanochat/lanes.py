@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from nanochat.errors import UserError
-from nanochat.packing import Packer, Piece
+from nanochat.packing import Entry, Packer, Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Lane:
         return pieces
 
     def note(self) -> Callable[[], dict]:
-        """A function that writes this moment's state as JSON: where the source stands, what is held and in which order.
+        """A function that writes this moment's state as JSON: where the source stands and what is held.
 
         It costs little to make one for each batch; few are ever called.
         """
@@ -96,8 +96,8 @@ class Lane:
                 self.packer.add(document, len(document.tokens))
 
 
-def _lane_state(position: dict, placed: int, contents: Callable) -> dict:
-    return {"position": position, "placed": placed, "held": [[*document.key, start] for document, start in contents()]}
+def _lane_state(position: dict, placed: int, contents: list[Entry]) -> dict:
+    return {"position": position, "placed": placed, "held": [[*entry.item.key, entry.start] for entry in contents]}
 
 
 class RowStream:

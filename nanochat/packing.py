@@ -17,7 +17,6 @@ thousand documents in Python for each one placed). Among equals the one that cam
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 MODES = ("crop", "lossless", "pad")
@@ -32,7 +31,7 @@ class Piece(NamedTuple):
     at: int
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """A buffered document, or what is left of it from `start` on. Sorted by tokens left, then by arrival."""
 
     left: int
@@ -52,7 +51,7 @@ class Packer:
         self.capacity = capacity
         self.mode = mode
         self.discarded = 0  # tokens cut off so far
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -66,7 +65,7 @@ class Packer:
             raise ValueError(f"nothing is left of a document of {length} tokens from {start} on")
         if self.mode == "pad" and left > self.capacity:
             raise ValueError(f"a document of {left} tokens never fits a row of {self.capacity}")
-        insort(self._entries, _Entry(left, self._arrivals, start, item), key=_order)
+        insort(self._entries, Entry(left, self._arrivals, start, item), key=_order)
         self._arrivals += 1
 
     def row(self, top_up: Callable[[], None] | None = None) -> list[Piece]:
@@ -86,12 +85,9 @@ class Packer:
             at += piece.stop - piece.start
         return pieces
 
-    def contents(self) -> Callable[[], list[tuple[Any, int]]]:
-        """What is buffered now: a function that lists it as (item, start) in order of arrival, whenever it is called.
-
-        Adding these to a new packer continues this one. Taking note costs nothing; most notes are never read.
-        """
-        return partial(_in_order_of_arrival, self._entries.copy())
+    def contents(self) -> list[Entry]:
+        """What is buffered, in an order in which adding it to a new packer continues this one."""
+        return self._entries.copy()
 
     def _place(self, at: int, room: int) -> Piece | None:
         """The next piece of a row with `room` tokens left from `at` on; None if nothing goes there."""
@@ -116,13 +112,9 @@ class Packer:
         return piece
 
 
-def _in_order_of_arrival(entries: list[_Entry]) -> list[tuple[Any, int]]:
-    return [(entry.item, entry.start) for entry in sorted(entries, key=lambda entry: entry.arrival)]
-
-
-def _order(entry: _Entry) -> tuple[int, int]:
+def _order(entry: Entry) -> tuple[int, int]:
     return entry.left, entry.arrival
 
 
-def _left(entry: _Entry) -> int:
+def _left(entry: Entry) -> int:
     return entry.left

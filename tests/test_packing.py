@@ -99,7 +99,7 @@ def test_the_largest_that_fits_then_by_mode():
             packer.add(item, length)
         row = packer.row()
         assert row[0] == ("long", 0, 9, 0)  # the largest that fits, though it came last
-        cut[mode] = row[1:], dict(packer.contents()())
+        cut[mode] = row[1:], {entry.item: entry.start for entry in packer.contents()}
     assert cut["crop"] == ([("short", 0, 1, 9)], {"six": 0, "five": 0})
     assert cut["lossless"] == ([("six", 0, 1, 9)], {"short": 0, "five": 0, "six": 0})
     assert cut["pad"] == ([], {"short": 0, "six": 0, "five": 0})
@@ -116,7 +116,7 @@ def test_no_document_waits_for_ever_in_lossless_mode():
 
     for _ in range(500):
         packer.row(top_up)
-    assert "giant" not in dict(packer.contents()())
+    assert "giant" not in {entry.item: entry.start for entry in packer.contents()}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -129,8 +129,8 @@ def test_contents_continue_a_packer_exactly(mode):
     for _ in range(3):
         first.row()
     second = Packer(12, mode)
-    for item, start in first.contents()():
-        second.add(item, lengths[item], start)
+    for entry in first.contents():
+        second.add(entry.item, lengths[entry.item], entry.start)
     while row := first.row():
         assert second.row() == row
     assert second.row() == []
