@@ -273,7 +273,9 @@ def rank_program(out):
     resumable, losses = train_some(model, rt, 10)
     middle = {n: p.detach().clone() for n, p in model.named_parameters()}
     middle_state = resumable.state()
-    losses += train_some(model, rt, 10, resumable, first=10)[1]
+    again = optim.MuonAdamW(model.roles(), RATES, rt)  # each rank takes its part of the whole state
+    again.load_state(resumable.state(everywhere=True))
+    losses += train_some(model, rt, 10, again, first=10)[1]
 
     lone = tiny()
     agreeing = optim.MuonAdamW(lone.roles(), RATES, rt)
@@ -284,7 +286,7 @@ def rank_program(out):
         lone.transformer.h[0].mlp.c_fc.weight.grad = None
     norm = agreeing.reduce()
     finite_ranks = int(rt.sum(torch.tensor(int(math.isfinite(norm)))))
-    sharded = sum(m.numel() for g in resumable.groups for m in g.moments.values())
+    sharded = sum(m.numel() for g in again.groups for m in g.moments.values())
     most = rt.max(sharded)
     if rt.main:
         save_file({n: p.detach() for n, p in double.named_parameters()}, f"{out}/double.safetensors")
