@@ -358,7 +358,7 @@ class TinyWorld(Corpus):
         from nanochat import tinyworld
 
         self._document = tinyworld.document
-        sample = "\0".join(self._document("train", i, TINYWORLD_SEED) for i in range(8))
+        sample = "\0".join(self._document("train", i, TINYWORLD_SEED) for i in range(64))
         version = hashlib.sha256(sample.encode()).hexdigest()[:12]  # another text is another corpus
         super().__init__("tinyworld", {"dataset": "tinyworld", "val_shard": None, "version": version})
         counts = {"train": TINYWORLD_TRAIN, "val": 1}

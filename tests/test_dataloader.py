@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pyarrow as pa
@@ -406,6 +408,19 @@ def test_evaluation_conversations_do_not_depend_on_batch_size_or_ranks_pitfall_3
     else:
         assert real_rows(one).total() == -(-tokens // 40)
         assert tokens == 1 or max(asked) - min(asked) > 20  # a sample, not the beginning
+
+
+@pytest.mark.slow
+def test_a_program_that_forgets_to_close_or_fails_still_ends(corpus, base_dir):
+    code = (
+        "import sys; from nanochat.dataset import open_corpus; from nanochat.tokenizer import Tokenizer\n"
+        "from nanochat.dataloader import pretrain_loader\n"
+        "tokenizer = Tokenizer.from_ranks([bytes([i]) for i in range(256)])\n"
+        "loader = pretrain_loader(open_corpus(sys.argv[1]), tokenizer, rows=2, seq_len=16)\n"
+        "next(loader)\nraise SystemExit(7)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, corpus.name], timeout=60, check=False, capture_output=True)
+    assert (done.returncode, done.stderr) == (7, b"")
 
 
 # -- real text
