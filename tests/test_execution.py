@@ -55,6 +55,10 @@ def test_a_program_that_reaches_its_end_succeeds_and_one_that_raises_fails(cage)
 )
 def test_leaving_before_the_asserts_is_not_a_pass_pitfall_42(cage, escape):
     assert not run(f"{escape}\nassert False").success
+
+
+@pytest.mark.parametrize("escape", ["import sys; sys.exit(0)", "import os; os._exit(0)"])
+def test_leaving_is_not_a_pass_before_the_judge_either_pitfall_42(cage, escape):
     assert not judged(f"{escape}\n{DOUBLE}").success
     in_the_call = f"def double(x):\n    {escape}\n"
     assert not judged(in_the_call).success
@@ -263,6 +267,7 @@ def test_files_last_no_longer_than_the_call(cage):
     assert not after - before
 
 
+@pytest.mark.slow
 def test_bubblewrap_gives_the_same_cage(tmp_path):
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
