@@ -1,10 +1,11 @@
 """Whether a text about the world is grammatical and free of contradiction: the judge of a model's free continuations.
 
-`problems(text)` is empty when every complete sentence is one that the grammar makes (known words, agreement, articles,
-order), is written as the grammar writes it (capitals, spaces, quotation marks), and says nothing false: no wrong fact, sum
-or spelling, nothing that contradicts the story so far (a pet's name, the colour of a thing, who has it, who is where) and
-nobody and nothing that was never introduced. A last sentence that is not complete is ignored. A sentence that a person
-would accept but this grammar never makes counts as a problem, so the share of good texts is a lower bound.
+`problems(text)` is empty when every complete sentence is one that the grammar makes (known words, agreement,
+articles, order), is written as the grammar writes it (capitals, spaces, quotation marks), and says nothing false: no
+wrong fact, sum or spelling, nothing that contradicts the story so far (a pet's name, the colour of a thing, who has
+it, who is where) and nobody and nothing that was never introduced. A last sentence that is not complete is ignored.
+A sentence that a person would accept but this grammar never makes counts as a problem, so the share of good texts is a
+lower bound.
 
 `verbatim` says which continuations stand word for word in given documents.
 """

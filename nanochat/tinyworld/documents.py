@@ -1,16 +1,16 @@
 """The pretraining documents: `document(split, i, seed)`, any i, the same text for the same arguments.
 
 A document is of one of the kinds in KINDS, in these shares. Facts are told in many phrasings, in both directions, as
-statements, questions, lists, comparisons and riddles; stories follow plots; sums, spelling, lists and texts to copy come
-with their steps. Validation documents hold combinations (a story's plot, hero and thing; two numbers; a word and a letter;
-a fact and the wrong answer beside it) that never occur in training documents; the facts themselves are in both.
+statements, questions, lists, comparisons and riddles; stories follow plots; sums, spelling, lists and texts to copy
+come with their steps. Validation documents hold combinations (a story's plot, hero and thing; two numbers; a word and a
+letter; a fact and the wrong answer beside it) that never occur in training documents; the facts are in both.
 """
 
 from collections.abc import Callable
 from functools import cache
 from random import Random
 
-from nanochat.tinyworld import facts, grammar, lexicon, lessons, world
+from nanochat.tinyworld import facts, grammar, lessons, lexicon, world
 from nanochat.tinyworld.facts import Fact
 from nanochat.tinyworld.stories import story
 
@@ -63,7 +63,7 @@ def _plural_phrase(relation: str) -> bool:
 @cache
 def _peers(relation: str, obj: str) -> tuple[str, ...]:
     """Count nouns of which a relation with this object holds."""
-    return tuple(s for s in facts.subjects(relation, obj) if lexicon.subject_class(s) == "count")
+    return tuple(s for s in facts.subjects(relation, obj) if lexicon.subject_class(s) in ("count", "person"))
 
 
 def _env(fact: Fact, rng: Random) -> Env:
@@ -147,13 +147,13 @@ def _relation_text(split: str, rng: Random) -> str:
     """Several facts of one relation."""
     relation = pick(facts.facts(), rng).relation
     some = facts.relations()[relation]
-    chosen = [pick(some, rng) for _ in range(5 + int(rng.random() * 5))]
+    chosen = [pick(some, rng) for _ in range(6 + int(rng.random() * 7))]
     return _join([_sentence(fact, split, rng) for fact in dict.fromkeys(chosen)], rng)
 
 
 def _mixed_text(split: str, rng: Random) -> str:
     """Facts of any kind."""
-    chosen = [pick(facts.facts(), rng) for _ in range(5 + int(rng.random() * 6))]
+    chosen = [pick(facts.facts(), rng) for _ in range(6 + int(rng.random() * 7))]
     return _join([_sentence(fact, split, rng) for fact in dict.fromkeys(chosen)], rng)
 
 
@@ -180,7 +180,7 @@ def _entry_text(split: str, rng: Random) -> str:
     sentences = [grammar.realise("fact.s", _env(told[0], rng), rng)]
     for fact in told[1:]:
         env = _env(fact, rng)
-        if rng.random() < 0.5 and _tellable(fact.relation, f"it_{kind}"):
+        if kind != "person" and rng.random() < 0.5 and _tellable(fact.relation, f"it_{kind}"):
             env["S"], env["class"] = "<it>", f"it_{kind}"
         sentences.append(grammar.realise("fact.s", env, rng))
     if rng.random() < 0.5:
@@ -201,14 +201,16 @@ def _pair(subject: str, some: tuple[Fact, ...], rng: Random) -> str:
 
 @cache
 def _riddles() -> tuple[tuple[str, tuple[Fact, ...]], ...]:
-    found = ((s, tuple(f for f in some if f.relation in _with_phrase("i") and f.relation != "is_a")) for s, some in _rich())
-    return tuple((s, some) for s, some in found if len(some) > 1 and lexicon.subject_class(s) == "count")
+    found = (
+        (s, tuple(f for f in some if f.relation in _with_phrase("i") and f.relation != "is_a")) for s, some in _rich()
+    )
+    return tuple((s, some) for s, some in found if len(some) > 1 and world.kind(s) == "count")
 
 
 def _riddle_text(split: str, rng: Random) -> str:
-    """Two riddles: things speak of themselves and ask who they are."""
+    """Riddles: things speak of themselves and ask who they are."""
     texts = []
-    for subject, some in rng.sample(_riddles(), 2):
+    for subject, some in rng.sample(_riddles(), 3):
         told = rng.sample(some, min(len(some), 4))
         sentences = [grammar.realise("riddle_line.s", _env(fact, rng), rng) for fact in told]
         sentences.append(grammar.realise("riddle.s", {"S": subject, "class": "count"}, rng))

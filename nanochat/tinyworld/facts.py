@@ -49,7 +49,7 @@ def _objects() -> dict[tuple[str, str], frozenset[str]]:
     found: dict[tuple[str, str], set[str]] = {}
     for subject, relation, obj in facts():
         found.setdefault((subject, relation), set()).add(obj)
-    for (subject, relation), objects in list(found.items()):
+    for (_, relation), objects in list(found.items()):
         if relation == "is_a":
             while more := {up for o in objects for up in found.get((o, "is_a"), ())} - objects:
                 objects |= more

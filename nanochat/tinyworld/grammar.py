@@ -8,19 +8,18 @@ check.py), every other line is a template:
     (a|b|)       one of the alternatives, the last one here being nothing
     {p.the}      the variable p in the form "the" (world.form); {p} is the bare word
     <eat>        the verb as it agrees with the variable S: "eats" after "a cow", "eat" after "I"
-    {@q}         the rule "q", or "R.q" where R is the relation spoken of; shares the variables; {@q O=W}: with W for its O
+    {@q}         the rule "q", or "R.q" where R is the relation spoken of; shares the variables; {@q O=W}: W for its O
     {>do}        a rule "NAME.do", an event of its own that takes over only the subject (A or S)
     ^            after "{": begin with a capital letter (the beginning of a sentence or a quotation has one anyway)
     \n           a new line
 
-From a relation's verb phrases ([R.vp]) come its clauses with a singular and with a plural subject ([R.cl]) and the plural
-verb phrase ([R.vpp]) by themselves. Realising is choosing; parsing walks a trie of words and slots and yields every reading.
+From a relation's verb phrases ([R.vp]) come its clauses with a singular and with a plural subject ([R.cl]) and the
+plural verb phrase ([R.vpp]) by themselves. Realising is choosing; parsing walks a trie of words and slots and returns
+every reading.
 """
 
 import re
-from collections.abc import Iterator
 from functools import cache
-from itertools import product
 from random import Random
 from typing import NamedTuple
 
@@ -36,11 +35,13 @@ _VARIABLE = re.compile(r"[A-Za-z]\d?$")
 ALLOWED = {  # which forms of the subject S a template may use, by what S is
     "count": None,
     "mass": {"a", "the", "his", "it", "", "head", "tail"},
+    "person": {"a", "the", "pl", "his", "", "head", "tail"},
     "it_count": {"a", "pl", "his", "it"},
     "it_mass": {"a", "his", "it"},
     "which": set(),
     "i": set(),
 }
+ABOUT_WORDS = ("opposite", "female", "plural", "past", "next_number", "how_many")  # relations between words
 STAND_INS = {"which": "<which>", "me": "<i>"}  # for S: "which one says moo", "I say moo"
 Binding = dict[str, object]
 
@@ -94,7 +95,9 @@ def _fits(variant: tuple[Part, ...], subject: str) -> bool:
     if allowed is None:
         return True
     slots = [part for part in variant if isinstance(part, Slot)]
-    return all(p.feature in allowed for p in slots if p.name == "S") and not (subject == "i" and any(p.feature == "third" for p in slots))
+    return all(p.feature in allowed for p in slots if p.name == "S") and not (
+        subject == "i" and any(p.feature == "third" for p in slots)
+    )
 
 
 # -- reading the data files ----------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def _expand(template: str) -> list[str]:
 
 
 def _compile(text: str, sentence: bool) -> tuple[Part, ...]:
-    """A template without alternatives as parts; in a sentence rule, what begins a sentence or a quotation is capital."""
+    """A template without alternatives as parts; in a sentence rule, a sentence or quotation begins with a capital."""
     text = text.replace("\\n", "\n")
     if sentence:
         text = _BEGIN_LITERAL.sub(lambda m: m[0][:-1] + m[1].upper(), text)
@@ -140,6 +143,11 @@ def _plural_phrase(phrase: str) -> str:
     return phrase.replace("{O.third}", "{O}").replace("{O.a}", "{O.pl}")
 
 
+def _asked_for(name: str) -> str:
+    """How the subject is named when it is asked for: a word as such, a thing with its article."""
+    return "{S}" if name.split(".")[0] in ABOUT_WORDS else "{S.a}"
+
+
 def _add(rules: dict[str, Rule], name: str, template: str) -> None:
     rule = rules.setdefault(name, Rule(name))
     rule.lines.append([_compile(text, name.endswith(".s")) for text in _expand(template)])
@@ -158,6 +166,8 @@ def rules() -> dict[str, Rule]:
                 found.setdefault(name, Rule(name)).meaning.append(line[1:].strip())
             elif line and not line.startswith("#"):
                 _add(found, name, line)
+                if name.endswith(".short") and f"{name[:-6]}.sa" not in found:
+                    _add(found, f"{name[:-6]}.sa", _asked_for(name))
                 if name.endswith(".vp"):
                     relation = name[:-3]
                     _add(found, f"{relation}.cl", "{S.a} " + line)
@@ -201,7 +211,7 @@ def literal_words() -> frozenset[str]:
 def realise(name: str, env: Binding, rng: Random) -> str:
     """One text of the rule `name` (or of the relation env["R"]) with the variables of `env`.
 
-    env["class"]: a key of ALLOWED, what S is; env["queue"]: for {>do}, the events to tell, (rule name, env) each, in order.
+    env["class"]: a key of ALLOWED, what S is; env["queue"]: the events {>do} tells in order, (rule name, env) each.
     """
     table, random = rules(), rng.random
     rule = table.get(name) or table[f"{env['R']}.{name}"]
@@ -241,14 +251,30 @@ def _renamed(env: Binding, ref: Ref) -> Binding:
 
 
 class Node:
-    """A node of the trie of all templates of some rules."""
+    """A node of the trie of all templates of some rules; `after(word)`: the slots that may begin with this word."""
 
-    __slots__ = ("ends", "slots", "words")
+    __slots__ = ("_after", "ends", "slots", "words")
 
     def __init__(self) -> None:
         self.words: dict[str, Node] = {}
         self.slots: dict[tuple, Node] = {}
         self.ends: list[Rule] = []
+        self._after: dict[str, list] = {}
+
+    def after(self, word: str) -> list:
+        if word not in self._after:
+            self._after[word] = [(p, node) for p, node in self.slots.items() if _may_begin(p, word)]
+        return self._after[word]
+
+
+@cache
+def _may_begin(part: Part, word: str) -> bool:
+    if type(part) is Agree:
+        return word in lexicon.verb_forms(part.base)
+    if type(part) is Slot:
+        return lexicon.may_begin(part.name, part.feature, word)
+    root = _trie(part.rule)
+    return word in root.words or any(_may_begin(first, word) for first in root.slots)
 
 
 @cache
@@ -279,73 +305,81 @@ def _advance(node: Node, part: Part) -> Node:
 Reading = tuple[int, Binding]
 
 
-def _walk(node: Node, words: list[str], at: int, bound: Binding) -> Iterator[Reading]:
+def _walk(node: Node, words: list[str], at: int, bound: Binding, out: list[Reading]) -> list[Reading]:
+    """Appends every reading that starts here to `out`; one that reaches the end of the words too early is "partial"."""
     for rule in node.ends:
-        if bound.get("R", rule.relation) == rule.relation or not rule.relation:
-            yield at, bound | ({"R": rule.relation} if rule.relation else {}) | {"rule": rule.name}
+        relation = rule.relation
+        if not relation or bound.get("R", relation) == relation:
+            out.append((at, {**bound, "rule": rule.name, "R": relation} if relation else {**bound, "rule": rule.name}))
     if at >= len(words):
         if node.words or node.slots:
-            yield at, bound | {"partial": True}
-        return
-    if (after := node.words.get(words[at])) is not None:
-        yield from _walk(after, words, at + 1, bound)
-    for part, after in node.slots.items():
+            out.append((at, {**bound, "partial": True}))
+        return out
+    word = words[at]
+    if (after := node.words.get(word)) is not None:
+        _walk(after, words, at + 1, bound, out)
+    for part, after in node.after(word):
         for end, now in _match(part, words, at, bound):
             if "partial" in now:
-                yield end, now
+                out.append((end, now))
             else:
-                yield from _walk(after, words, end, now)
+                _walk(after, words, end, now, out)
+    return out
 
 
-def _match(part: Slot | Agree | Ref, words: list[str], at: int, bound: Binding) -> Iterator[Reading]:
+def _match(part: Slot | Agree | Ref, words: list[str], at: int, bound: Binding) -> list[Reading]:
     if type(part) is Agree:
-        if words[at] in lexicon.verb_forms(part.base):
-            yield at + 1, bound | {"agree": (*bound.get("agree", ()), (part.base, words[at]))}
-    elif type(part) is Slot:
-        yield from _match_slot(part, words, at, bound)
-    elif part.own:
-        yield from _match_event(part, words, at, bound)
-    else:
-        yield from _match_rule(part, words, at, bound)
+        return [(at + 1, {**bound, "agree": (*bound.get("agree", ()), (part.base, words[at]))})]
+    if type(part) is Slot:
+        return _match_slot(part, words, at, bound)
+    return _match_event(part, words, at, bound) if part.own else _match_rule(part, words, at, bound)
 
 
-def _match_slot(slot: Slot, words: list[str], at: int, bound: Binding) -> Iterator[Reading]:
-    for end, value in lexicon.match(slot.name, slot.feature, words, at):
-        if slot.name not in bound:
-            yield end, bound | {slot.name: value}
-        elif bound[slot.name] == value or lexicon.says(bound[slot.name], slot.feature, words[at:end]):
-            yield end, bound
+def _match_slot(slot: Slot, words: list[str], at: int, bound: Binding) -> list[Reading]:
+    found = lexicon.match(slot.name, slot.feature, words, at)
+    if slot.name not in bound:
+        return [(end, {**bound, slot.name: value}) for end, value in found]
+    known = bound[slot.name]
+    return [(e, bound) for e, value in found if value == known or lexicon.says(known, slot.feature, words[at:e])]
 
 
-def _match_rule(ref: Ref, words: list[str], at: int, bound: Binding) -> Iterator[Reading]:
-    inner = {k: v for k, v in bound.items() if k not in dict(ref.rename)}
-    agree = inner.pop("agree", ())
+def _match_rule(ref: Ref, words: list[str], at: int, bound: Binding) -> list[Reading]:
+    rename = dict(ref.rename)
+    inner = {k: v for k, v in bound.items() if k not in rename}
+    inner.pop("agree", None)
     for a, b in ref.rename:
         if b in bound or b in STAND_INS:
             inner[a] = STAND_INS.get(b) or bound[b]
-    for end, found in _walk(_trie(ref.rule), words, at, inner):
-        if "partial" in found:
-            yield end, found
-            continue
-        result = {k: v for k, v in found.items() if k not in dict(ref.rename)} | {"rule": bound.get("rule", "")}
-        if ref.rename and not _agrees(found):
-            continue
-        for a, b in ref.rename:
-            if a in bound:
-                result[a] = bound[a]
-            if a in found and b not in STAND_INS:
-                result[b] = found[a]
-        result["agree"] = agree + (() if ref.rename else found.get("agree", ()))
-        yield end, result
+    found = _walk(_trie(ref.rule), words, at, inner, [])
+    return [(end, _merged(ref, bound, now)) for end, now in found if "partial" in now or not rename or _agrees(now)]
 
 
-def _match_event(ref: Ref, words: list[str], at: int, bound: Binding) -> Iterator[Reading]:
-    inner = {name: bound[name] for name in ("A", "B", "S") if name in bound and (name != "B" or ref.rule == "both")}
-    for end, found in _walk(_trie(ref.rule), words, at, inner):
+def _merged(ref: Ref, bound: Binding, found: Binding) -> Binding:
+    """What is known after a shared rule: its variables under the names they have outside."""
+    if "partial" in found:
+        return found
+    result = {**found, "rule": bound.get("rule", ""), "agree": bound.get("agree", ())}
+    if not ref.rename:
+        result["agree"] += found.get("agree", ())
+    for a, b in ref.rename:
+        del result[a]
+        if a in bound:
+            result[a] = bound[a]
+        if b not in STAND_INS:
+            result[b] = found[a]
+    return result
+
+
+def _match_event(ref: Ref, words: list[str], at: int, bound: Binding) -> list[Reading]:
+    names = ("A", "B", "S") if ref.rule == "both" else ("A", "S")
+    inner = {name: bound[name] for name in names if name in bound}
+    readings = []
+    for end, found in _walk(_trie(ref.rule), words, at, inner, []):
         if "partial" in found:
-            yield end, found
+            readings.append((end, found))
         elif _agrees(found):
-            yield end, bound | {"events": (*bound.get("events", ()), found)}
+            readings.append((end, {**bound, "events": (*bound.get("events", ()), found)}))
+    return readings
 
 
 def _agrees(bound: Binding) -> bool:
@@ -357,8 +391,9 @@ def _agrees(bound: Binding) -> bool:
 def parse(words: list[str], at: int = 0) -> list[Reading]:
     """All readings of a sentence (rule "NAME.s") that starts at `words[at]` (lower-case tokens), the longest first.
 
-    A reading is (end, binding); binding holds the variables, "rule", "R" (the relation, if any) and "events" (the readings
-    of its {>...} parts); or "partial" where the words end before the sentence does.
+    A reading is (end, binding); binding holds the variables, "rule", "R" (the relation, if any) and "events" (the
+    readings of its {>...} parts); or "partial" where the words end before the sentence does.
     """
-    found = [(end, bound) for end, bound in _walk(_trie("s"), words, at, {}) if "partial" in bound or _agrees(bound)]
+    readings = _walk(_trie("s"), words, at, {}, [])
+    found = [(end, bound) for end, bound in readings if "partial" in bound or _agrees(bound)]
     return sorted(found, key=lambda reading: ("partial" in reading[1], -reading[0]))

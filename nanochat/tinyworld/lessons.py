@@ -1,8 +1,8 @@
 """Documents that teach a skill rather than facts: sums with their steps, spelling, places, sizes, copying.
 
-Copying texts (who said 482? repeat it, type it into the calculator) can only be ended by looking back; they are what makes
-a small model learn to look back. Every function takes (split, rng) and returns a text; pairs of numbers and pairs of word
-and letter are divided between the splits by `world.held_out`.
+Copying texts (who said 482? repeat it, type it into the calculator) can only be ended by looking back; they are what
+makes a small model learn to look back. Every function takes (split, rng) and returns a text; pairs of numbers and pairs
+of word and letter are divided between the splits by `world.held_out`.
 """
 
 from functools import cache
@@ -50,16 +50,15 @@ def _numbers(split: str, what: str, top: int, rng: Random) -> tuple[int, int]:
 def _small_sum(split: str, rng: Random) -> str:
     env = _env(rng)
     at = rng.random()
+    a, b = below(11, rng), below(11, rng)
     if at < 0.5:
-        a, b = _numbers(split, "add", 11, rng)
         env |= {"n1": a + 2, "n2": b + 2, "n3": a + b + 4}
         return grammar.realise("add.s", env, rng)
     if at < 0.8:
-        a, b = _numbers(split, "subtract", 11, rng)
         env |= {"n1": a + b + 4, "n2": b + 2, "n3": a + 2}
         return grammar.realise("subtract.s", env, rng)
-    a, b = _numbers(split, "times", 9, rng)
-    env |= {"n1": a + 2, "n2": b + 2, "n3": (a + 2) * (b + 2)}
+    a, b = 2 + below(8, rng), 2 + below(8, rng)
+    env |= {"n1": a, "n2": b, "n3": a * b}
     return grammar.realise("times.s", env, rng)
 
 
@@ -226,7 +225,16 @@ def orders(split: str, rng: Random) -> str:
 def number(split: str, rng: Random) -> int:
     """A number of one to four digits, most of two or three."""
     while True:
-        n = pick((below(10, rng), 10 + below(90, rng), 10 + below(90, rng), *[100 + below(900, rng)] * 3, 1000 + below(9000, rng)), rng)
+        n = pick(
+            (
+                below(10, rng),
+                10 + below(90, rng),
+                10 + below(90, rng),
+                *[100 + below(900, rng)] * 3,
+                1000 + below(9000, rng),
+            ),
+            rng,
+        )
         if _ours(split, "number", n):
             return n
 
@@ -261,7 +269,9 @@ def _typed(split: str, rng: Random) -> str:
 
 def _echo(split: str, rng: Random) -> str:
     env = _env(rng)
-    rule = pick(("echo", "echo_words", "list_again", "list_back", "list_first", "list_last", "list_count", "pattern"), rng)
+    rule = pick(
+        ("echo", "echo_words", "list_again", "list_back", "list_first", "list_last", "list_count", "pattern"), rng
+    )
     words = tuple(_some(spellable(), 3 + below(3, rng), rng))
     env |= dict(zip(("u", "u2", "u3"), words)) | {"L": words, "L2": words[::-1], "n": number(split, rng)}
     if rule.startswith("list_"):

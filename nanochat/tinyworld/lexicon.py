@@ -1,9 +1,9 @@
 """What a slot may hold: the values of each variable, and the reading of a slot's words.
 
 The first letter of a variable's name says its type: S, T, U subjects of facts; O, W, X objects; A, B people; n numbers;
-p places of stories; x, y possessions; c colours; k kinds of pet; m names of pets; f snacks; d drinks; g games; r relatives;
-w weather; t parts of the day; h homes; j hobbies; i hiding places; v what is seen in a scene; P scenes; Z things in orders;
-l letters; u any word; L lists of words; N lists of numbers; K the counting of a letter.
+p places of stories; x, y possessions; c colours; k kinds of pet; m names of pets; f snacks; d drinks; g games;
+r relatives; w weather; t parts of the day; h homes; j hobbies; i hiding places; v what is seen in a scene; P scenes;
+Z things in orders; l letters; u any word; L lists of words; N lists of numbers; K the counting of a letter.
 """
 
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ LISTS = {
 }
 SAME = {"y": "x", "B": "A", "T": "S", "U": "S", "W": "O", "X": "O"}
 PEOPLE = ("<he>", "<she>")
+PRONOUN_FORMS = ("he", "own", "obj", "self", "it", "they", "are")
 
 
 @cache
@@ -60,7 +61,17 @@ def subject_class(subject: str) -> str:
     """The key of grammar.ALLOWED for a subject of facts."""
     if subject in ("<which>", "<i>"):
         return subject.strip("<>")
+    if subject in _people():
+        return "person"
     return "count" if world.kind(subject) == "count" else "plural" if world.kind(subject) == "plural_only" else "mass"
+
+
+@cache
+def _people() -> frozenset[str]:
+    """Subjects who are he or she rather than it."""
+    working = {f.subject for relation in ("job", "works_in") for f in facts.relations()[relation]}
+    related = {f.subject for f in facts.relations()["female"]} | {f.object for f in facts.relations()["female"]}
+    return frozenset(working | related | {"person", "knight", "child"}) - {"bull", "cow", "rooster", "hen"}
 
 
 @cache
@@ -70,12 +81,12 @@ def verb_forms(base: str) -> frozenset[str]:
 
 
 @cache
-def _phrases(name: str, feature: str) -> dict:
+def _phrases(letter: str, feature: str) -> dict:
     """A trie of the phrases of a slot: {word: {word: {..., "": [values]}}}."""
     from nanochat.tinyworld.grammar import TOKEN
 
     root: dict = {}
-    for value in domain(name):
+    for value in domain(letter):
         try:
             phrase = world.form(value, feature)
         except (KeyError, ValueError):
@@ -83,8 +94,18 @@ def _phrases(name: str, feature: str) -> dict:
         node = root
         for word in TOKEN.findall(phrase.lower()):
             node = node.setdefault(word, {})
-        node.setdefault("", []).append(value)
+        values = node.setdefault("", [])
+        if feature in PRONOUN_FORMS:  # "his" says no more than that it is a he
+            values[:] = [_pronoun(letter, value)]
+        else:
+            values.append(value)
     return root
+
+
+def _pronoun(letter: str, value: str) -> str:
+    if letter == "S":
+        return "<it>"
+    return value if value in PEOPLE else {"girl": "<she>", "boy": "<he>"}[world.gender()[value]]
 
 
 def match(name: str, feature: str, words: list[str], at: int) -> Iterator[tuple[int, object]]:
@@ -101,6 +122,12 @@ def match(name: str, feature: str, words: list[str], at: int) -> Iterator[tuple[
             return
         node = node[words[at]]
         at += 1
+
+
+def may_begin(name: str, feature: str, word: str) -> bool:
+    """Whether a slot may begin with this word; True where that is not easily said."""
+    letter = type_of(name)
+    return letter in _SPECIAL or word in _phrases(letter, feature)
 
 
 def says(value: object, feature: str, words: list[str]) -> bool:
@@ -150,7 +177,9 @@ def _match_word(feature: str, words: list[str], at: int) -> Iterator[tuple[int, 
 
 def _match_list(feature: str, words: list[str], at: int) -> Iterator[tuple[int, tuple]]:
     items = []
-    while at < len(words) and (words[at] in facts.words() or words[at].isdigit() or len(words[at]) == 1 and words[at].isalpha()):
+    while at < len(words) and (
+        words[at] in facts.words() or words[at].isdigit() or len(words[at]) == 1 and words[at].isalpha()
+    ):
         items.append(int(words[at]) if words[at].isdigit() else words[at])
         at += 1
         if feature == "commas" and len(items) > 1 or feature == "" and len(items) > 1 and words[at - 2] == "and":
@@ -177,4 +206,11 @@ def _match_marks(feature: str, words: list[str], at: int) -> Iterator[tuple[int,
         yield at, world.Marks(letters, letter)
 
 
-_SPECIAL = {"K": _match_marks, "n": _match_number, "l": _match_letter, "u": _match_word, "L": _match_list, "N": _match_list}
+_SPECIAL = {
+    "K": _match_marks,
+    "n": _match_number,
+    "l": _match_letter,
+    "u": _match_word,
+    "L": _match_list,
+    "N": _match_list,
+}

@@ -1,7 +1,7 @@
 """The world's words: the lists in data/ and the forms of English words (plural, article, verb forms, numbers).
 
 Everything is a pure function of the data files, read once. A noun is one of: count ("dog"), mass ("milk"), plural-only
-("scissors"), proper ("Paris") or unique ("the sun"); `form(word, feature)` gives every form that a template may ask for.
+("scissors"), proper ("Paris") or unique ("the sun"); `form(word, feature)` gives every form a template may ask for.
 """
 
 import re
@@ -25,7 +25,7 @@ def rows(name: str) -> list[list[str]]:
 
 
 def held_out(*key: object) -> bool:
-    """Whether this combination (say: a name, a pet and a place) belongs to the validation split and never to training."""
+    """Whether this combination (say: a name, a pet, a place) belongs to the validation split and never to training."""
     return zlib.crc32("|".join(map(str, key)).encode()) % HELD_OUT == 0
 
 
@@ -164,9 +164,10 @@ PRONOUNS = {
 def form(word: str, feature: str = "") -> str:
     """The form of a word or pronoun that a template slot asks for.
 
-    Nouns: "" bare, "a" generic singular ("a dog", "milk", "the sun", "Paris"), "the", "pl" ("dogs"), "one" ("a dog" or
-    "a piece of" nothing: bare when mass). Possessive "his" ("Anna's", "the dog's"). Verb phrases: "base", "third", "past",
-    "ing". Anything else: `KeyError`.
+    Nouns: "" bare, "a" generic singular ("a dog", "milk", "the sun", "Paris"), "an" one of it, "the", "pl" ("dogs"),
+    "his" ("the dog's"), "in" ("at the beach"). People: "poss" ("Anna's"), "own" ("her"), "he", "obj" ("him"), "self".
+    Verb phrases: "third". Numbers: "" digits, "word", "th". Lists: "" ("a, b and c"), "commas". A form that a word
+    has not: `KeyError` or `ValueError`.
     """
     if word in PRONOUNS:
         return PRONOUNS[word][feature]
@@ -228,7 +229,9 @@ def _agree(word: str, base: str) -> str:
 
 
 _FEATURES = {
-    "": lambda w: w if isinstance(w, str) else str(w) if isinstance(w, int) else marks(*w) if isinstance(w, Marks) else listing(w),
+    "": lambda w: (
+        w if isinstance(w, str) else str(w) if isinstance(w, int) else marks(*w) if isinstance(w, Marks) else listing(w)
+    ),
     "commas": lambda w: ", ".join(map(str, w)),
     "word": number_word,
     "th": lambda n: ORDINALS[n - 1],
@@ -247,6 +250,7 @@ _FEATURES = {
     "obj": lambda w: {"girl": "her", "boy": "him"}[gender()[w]],
     "in": _inside,
     "on": lambda w: ("through " if w in ("the air", "space") else "on ") + w,
+    "kind": lambda w: w.removeprefix("piece of ").replace("part of the body", "body part"),
     "head": lambda w: w.partition(" ")[0],
     "tail": lambda w: w.partition(" ")[2],
     "count": lambda w: "none" if w == "no" else w,
@@ -265,5 +269,5 @@ _FEATURES = {
 
 
 def agree(word: str, base: str) -> str:
-    """`base` ("be", "have", "say") as it stands after `word` in a generic sentence: "a dog says", "scissors are", "I am"."""
+    """`base` ("be", "have", "say") as it stands after `word`: "a dog says", "scissors are", "I am"."""
     return PRONOUNS.get(word, {}).get(base) or _agree(word, base)
