@@ -26,7 +26,9 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat.decode import Decoder
 from nanochat.errors import UserError
+from nanochat.gpt import GPT
 from nanochat.kvcache import SlotCache
 from nanochat.sampling import Knobs, Sampling, child_seed, sample, uniform
 from nanochat.streaming import StopFinder, TextStream
@@ -125,9 +127,10 @@ class Engine:
 
     slots: sequences decoded together. max_len: longest prompt and reply together, at most the model's context.
     prefill_tokens: most prompt tokens read in one step. tools: whether python blocks are answered by the calculator.
+    frozen: promise that the weights never change again; else they are laid out anew whenever work begins.
     """
 
-    def __init__(self, model, tokenizer, *, slots=32, max_len=None, prefill_tokens=1024, tools=True):
+    def __init__(self, model, tokenizer, *, slots=32, max_len=None, prefill_tokens=1024, tools=True, frozen=False):
         context = model.config.sequence_len
         self.max_len = context if max_len is None else max_len
         if not 2 <= self.max_len <= context:
@@ -141,6 +144,8 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.reading: Sequence | None = None  # its prompt is in slot 0, in part
+        self.frozen, self._stale = frozen, True  # whether the decoder's layout may differ from the weights
+        self._decoder = Decoder(model) if isinstance(model, GPT) else None
         self.forwards = 0  # calls of the model so far, for tests and benches
         self._tools = ToolTokens.of(tokenizer) if tools else None
         self._stop_tokens = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos))
@@ -160,6 +165,7 @@ class Engine:
         prompt = _Prompt(list(ids), waiting=n)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sequences = [self._sequence(prompt, sampling, child_seed(seed, i)) for i in range(n)]
+        self._stale = self._stale or not (self.busy or self.frozen)
         self.waiting.extend(sequences)
         return sequences
 
@@ -240,6 +246,9 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One token for every running sequence, and for those whose prompt was read in this step; [] when idle."""
+        if self._stale and self.busy and self._decoder:
+            self._decoder.refresh()
+            self._stale = False
         logits = [self._decode()] if self.running else []  # each (b, V), in the order of the rows
         logits += self._start()
         if not logits:
@@ -260,13 +269,17 @@ class Engine:
         counts = [len(row) for row in rows]
         width = max(counts)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows]).to(self.device, non_blocking=True)
-        last = None
-        if min(counts) < width:
-            last = torch.tensor(counts).sub_(1).to(self.device, non_blocking=True)
-        logits = self.model(ids, cache=self.cache.view(first, counts), last_only=True, last=last)
+        view = self.cache.view(first, counts)
+        if width == 1 and self._decoder:
+            logits = self._decoder(ids, view)
+        else:
+            last = None
+            if min(counts) < width:
+                last = torch.tensor(counts).sub_(1).to(self.device, non_blocking=True)
+            logits = self.model(ids, cache=view, last_only=True, last=last)[:, 0]
         self.cache.advance(first, counts)
         self.forwards += 1
-        return logits[:, 0]
+        return logits
 
     def _decode(self):
         return self._forward([[sequence.tokens[-1]] for sequence in self.running], 1)

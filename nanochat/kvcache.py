@@ -137,7 +137,7 @@ class View:
         memory[0].view(-1, dim).index_copy_(0, index, k.reshape(-1, dim))
         memory[1].view(-1, dim).index_copy_(0, index, v.reshape(-1, dim))
         low = max(0, min(self.starts) - window)
-        keys, values = memory[:, self.first : self.end, :, low:stop]  # each (B, Hkv, Tk, D)
+        keys, values = memory[:, self.first : self.end, :, low:stop].unbind()  # each (B, Hkv, Tk, D)
         q = q.reshape(rows, kv_heads, heads // kv_heads, dim)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask(window, low, stop, q))
         return y.reshape(rows, 1, heads, dim)
