@@ -2,8 +2,8 @@
 
 The file is the truth that reports, recipes and resumes read; the console is for watching. Only rank 0 writes. A row:
 `{"kind": "start"|"step"|"eval"|..., "time": unix seconds, "step": ..., ...}`. Values that JSON can't hold (NaN,
-infinities) become null. After a resume at step s, rows of later steps from the earlier life are superseded: `read`
-drops them.
+infinities) become null. After a resume at step s, rows of later steps from the earlier life are superseded, and a fresh
+start under the same name supersedes all: `read` drops them. Evaluations (stage `*_eval`) only add.
 """
 
 import dataclasses
@@ -106,8 +106,13 @@ class Record:
             self.wandb.finish()
 
 
+def _stands(row: dict, step: int) -> bool:
+    """Does an earlier life's row still count after a resume at `step`? What was measured at `step` itself does."""
+    return row.get("step") is None or row["step"] < step or (row["step"] == step and row["kind"] == "eval")
+
+
 def read(path: Path | str) -> list[dict]:
-    """The rows of a record in order, without those that a later resume superseded. A torn last line is left out."""
+    """The rows of a record in order, without those that a resume or a fresh start superseded, nor torn lines."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
@@ -118,12 +123,8 @@ def read(path: Path | str) -> list[dict]:
             row = json.loads(line)
         except ValueError:  # the process died while writing this line
             continue
-        resumed = row.get("resume_step") if row.get("kind") == "start" else None
-        if resumed is not None:
-            rows = [
-                old
-                for old in rows
-                if old.get("step") is None or old["step"] < resumed or old["kind"] == "eval" and old["step"] == resumed
-            ]
+        if row.get("kind") == "start" and not row["stage"].endswith("_eval"):
+            step = row.get("resume_step")
+            rows = [] if step is None else [old for old in rows if _stands(old, step)]
         rows.append(row)
     return rows

@@ -25,7 +25,9 @@ def point(
 ) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The checkpoint to go on from (None: start afresh) and a sentence for each one passed over. Collective."""
     if not resume and step is None:
-        return None, []
+        aside = checkpoint.set_aside(root) if runtime.main and root.is_dir() else None
+        runtime.barrier()
+        return None, [f"an earlier run of this name was moved to {aside}."] if aside else []
     choice: dict[str, Any] = {"path": None, "notes": [], "error": ""}
     if runtime.main:
         try:

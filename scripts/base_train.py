@@ -166,9 +166,8 @@ def check(cfg: Config) -> None:
 
 def build(plan: scaling.Plan, cfg: Config, rt: runtime.Runtime, attend) -> GPT:
     """A model with fresh weights, alike on all ranks, its matmuls in fp8 if asked."""
-    with torch.device("meta"):
+    with torch.device(rt.device):
         model = GPT(plan.config, attend=attend)
-    model.to_empty(device=rt.device)
     model.init_weights(cfg.seed)
     model.compute_dtype = rt.dtype
     if cfg.fp8:
