@@ -107,9 +107,20 @@ def test_every_relation_has_fifteen_training_questions_and_three_held_out_ones()
 
 def test_pairs_of_numbers_are_apart_whatever_their_order_and_operator():
     rng = Random(1)
-    pairs = {test: {frozenset(sums.pair(rng, test, 2, 2)) for _ in range(3000)} for test in (False, True)}
+    pairs = {test: {frozenset(sums.pair(rng, test, (2,), (2,))) for _ in range(3000)} for test in (False, True)}
     assert not pairs[False] & pairs[True]
     assert 0.05 < sum(sums.held_out(a, b) for a in range(10, 100) for b in range(a, 100)) / 4095 < 0.15
+
+
+def test_no_training_document_works_out_or_types_a_held_out_pair():
+    seen = 0
+    for i in range(800):
+        for a, b in re.findall(
+            r"(?<![+*-] )\b(\d+) (?:[+*-]|plus|minus|times) (\d+)\b", documents.document("train", i)
+        ):
+            seen += int(a) >= sums.SMALL
+            assert not sums.held_out(int(a), int(b)), (i, a, b)
+    assert seen > 50
 
 
 def test_skills_keep_their_combinations_apart():

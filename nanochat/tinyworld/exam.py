@@ -71,7 +71,7 @@ def sum_items(n: int, seed: int) -> list[Item]:
     rng, items = Random(f"sums {seed}"), []
     for k in range(n):
         op = "+*"[k % 2]
-        a, b = sums.pair(rng, True, rng.choice((2, 3)), rng.choice((2, 3)))
+        a, b = sums.pair(rng, True, (2, 3), (2, 3))
         expression = f"{a} {op if rng.random() < 0.6 else sums.WORDS[op][0]} {b}"
         asks = ("What is {e}?", "How much is {e}?") if k % 4 < 2 else questions.wordings("sum", "ask", HELD_OUT)
         value = sums.value_of(a, op, b)
