@@ -1,6 +1,8 @@
 """The embedded corpus: the same for the same arguments, rich, true, without contradiction; its checker finds faults."""
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from random import Random
 
@@ -29,6 +31,16 @@ def test_a_document_depends_on_its_arguments_only():
     assert again == [documents.document("train", i) for i in (5, 3, 10**12, 4)]
     different = {documents.document(split, 7, seed) for split in ("train", "val") for seed in (0, 1, 2)}
     assert len(different) == 6
+
+
+def test_documents_do_not_depend_on_the_process():
+    """Sets of words are iterated in another order in every process; no text may show it."""
+    code = "import sys, nanochat.tinyworld as t; sys.stdout.write(''.join(t.document('train', i) for i in range(400)))"
+    texts = {
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    }
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize(("split", "i"), [("test", 0), ("train", -1)])
