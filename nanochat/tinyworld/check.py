@@ -17,6 +17,7 @@ from functools import cache
 from nanochat.tinyworld import facts, grammar, world
 from nanochat.tinyworld.meaning import Context
 
+STRANGE = re.compile(r"[^A-Za-z0-9 \n.,?!:'\"+*=-]")
 WORDS_COMPARED = 30  # a continuation counts as verbatim when its first 30 words occur as a run
 
 
@@ -68,9 +69,9 @@ def _proper() -> frozenset[str]:
     return frozenset(word.lower() for name in names for word in name.split() if word[0].isupper())
 
 
-def _written(words: list[Word]) -> list[tuple[int, str]]:
+def _written(text: str, words: list[Word]) -> list[tuple[int, str]]:
     """(place, problem) of every wrong capital and space."""
-    found = []
+    found = [(m.start(), f"written: {m[0]!r} is no mark of this text") for m in STRANGE.finditer(text)]
     proper, common = _proper(), facts.common_words() | grammar.literal_words()
     for i, word in enumerate(words):
         before = words[i - 1] if i else None
@@ -144,7 +145,7 @@ def problems(text: str, start: int = 0) -> list[str]:
     An empty list means: grammatical and free of contradiction (see the module's text for what that covers).
     """
     words = _complete(words_of(text))
-    found = [problem for place, problem in _written(words) if place >= start]
+    found = [problem for place, problem in _written(text[: words[-1].end if words else 0], words) if place >= start]
     for _, end, problem in _said(words):
         if problem and words[min(end, len(words)) - 1].end > start:
             found.append(problem)

@@ -145,6 +145,10 @@ def _number_words() -> dict[str, int]:
     return {world.number_word(n): n for n in range(100)}
 
 
+def _is_number(word: str) -> bool:
+    return word.isdecimal() and len(word) < 16 and (word == "0" or word[0] != "0")
+
+
 def _match_number(feature: str, words: list[str], at: int) -> Iterator[tuple[int, int]]:
     if feature == "word":
         if words[at] in _number_words():
@@ -152,7 +156,7 @@ def _match_number(feature: str, words: list[str], at: int) -> Iterator[tuple[int
     elif feature == "th":
         if words[at] in world.ORDINALS:
             yield at + 1, world.ORDINALS.index(words[at]) + 1
-    elif words[at].isdigit() and (words[at] == "0" or words[at][0] != "0"):
+    elif _is_number(words[at]):
         yield at + 1, int(words[at])
 
 
@@ -178,9 +182,9 @@ def _match_word(feature: str, words: list[str], at: int) -> Iterator[tuple[int, 
 def _match_list(feature: str, words: list[str], at: int) -> Iterator[tuple[int, tuple]]:
     items = []
     while at < len(words) and (
-        words[at] in facts.words() or words[at].isdigit() or len(words[at]) == 1 and words[at].isalpha()
+        words[at] in facts.words() or _is_number(words[at]) or len(words[at]) == 1 and words[at].isalpha()
     ):
-        items.append(int(words[at]) if words[at].isdigit() else words[at])
+        items.append(int(words[at]) if _is_number(words[at]) else words[at])
         at += 1
         if feature == "commas" and len(items) > 1 or feature == "" and len(items) > 1 and words[at - 2] == "and":
             yield at, tuple(items)
@@ -193,7 +197,7 @@ def _match_list(feature: str, words: list[str], at: int) -> Iterator[tuple[int, 
 
 def _match_marks(feature: str, words: list[str], at: int) -> Iterator[tuple[int, world.Marks]]:
     letters, letter, count = "", "", 0
-    while at + 1 < len(words) and len(words[at]) == 1 and words[at + 1].isdigit():
+    while at + 1 < len(words) and len(words[at]) == 1 and _is_number(words[at + 1]):
         letters += words[at]
         if int(words[at + 1]) > count:
             letter = words[at]
