@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,26 +97,46 @@ def test_chatcore_is_the_mean_of_the_centred_accuracies():
 # ---- categorical -----------------------------------------------------------------------------------------------------
 
 
-def by_hand(model, task, i):
-    """The likeliest letter, from a forward of one prompt."""
-    ids = chat.render_for_completion(task[i], TOKENIZER)
-    with torch.no_grad():
-        logits = model(torch.tensor([ids]))[0, -1]
-    return max(task[i]["letters"], key=lambda letter: float(logits[TOKENIZER.encode(letter)[0]]))
+class Sums:
+    """A model whose likeliest letter is the sum of all (id + 1) so far, modulo 4: a padding token would change it."""
+
+    config = SimpleNamespace(sequence_len=512)
+
+    def __call__(self, ids, last):
+        sums = (ids + 1).cumsum(1).gather(1, last[:, None]) % 4  # (B, 1)
+        letters = torch.tensor([TOKENIZER.encode(letter)[0] for letter in "ABCD"])
+        return torch.eye(TOKENIZER.vocab_size)[letters[sums]] + torch.linspace(0, 0.5, TOKENIZER.vocab_size)
+
+
+def letter_of(task, i):
+    """What `Sums` says to example i alone: its letter if it is listed, else the last one listed."""
+    letters, place = task[i]["letters"], sum(id + 1 for id in chat.render_for_completion(task[i], TOKENIZER)) % 4
+    return letters[min(place, len(letters) - 1)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_the_likeliest_letter_is_taken_whatever_the_batch(model, engine, tmp_path, batch_size):
-    task, path = Choices(), tmp_path / "out.jsonl"
+def test_the_likeliest_letter_is_taken_whatever_the_batch(tmp_path, batch_size):
+    task, path, engine = Choices(), tmp_path / "out.jsonl", SimpleNamespace(model=Sums())
     result = chat_eval.evaluate(task, engine, TOKENIZER, runtime=RT, batch_size=batch_size, path=path)
     rows = read(path)
     assert [row["index"] for row in rows] == list(range(10))
-    assert [row["replies"] for row in rows] == [[by_hand(model, task, i)] for i in range(10)]
+    replies = [row["replies"][0] for row in rows]
+    assert replies == [letter_of(task, i) for i in range(10)] and len(set(replies)) > 2
     right = [row["replies"][0] == "AB"[row["index"] % 2] for row in rows]
     assert [row["verdicts"] for row in rows] == [[r] for r in right]
     assert result["accuracy"] == sum(right) / 10 and result["n"] == 10
     chance = sum(1 / (2 + i % 3) for i in range(10)) / 10  # the task states none, so: one over the letters
     assert result["centered"] == pytest.approx((result["accuracy"] - chance) / (1 - chance))
+
+
+def test_a_real_models_letter_is_that_of_its_full_logits(model, engine, tmp_path):
+    task, path = Choices(), tmp_path / "out.jsonl"
+    chat_eval.evaluate(task, engine, TOKENIZER, runtime=RT, path=path)
+    for row in read(path):
+        ids = chat.render_for_completion(task[row["index"]], TOKENIZER)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1]
+        assert row["replies"] == [max(row["letters"], key=lambda one: float(logits[TOKENIZER.encode(one)[0]]))]
 
 
 def test_a_prompt_longer_than_the_context_loses_its_beginning_and_does_not_stop_the_evaluation(engine):

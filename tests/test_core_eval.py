@@ -213,23 +213,26 @@ def test_core_is_the_mean_of_the_centred_accuracies(tmp_path):
     assert rows[0] == ["Task", "Accuracy", "Centered"] and rows[-1] == ["CORE", "", "0.666667"]
 
 
-def test_a_limit_asks_fewer_items_with_the_same_prompts_pitfall_34(tmp_path, monkeypatch):
+class Listening(Letters):
+    """Keeps what it was asked to encode."""
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, texts, prepend=None):
+        self.texts.append(texts)
+        return super().encode(texts, prepend)
+
+
+def test_a_limit_asks_fewer_items_with_the_same_prompts_pitfall_34(tmp_path):
     bundle = core_eval.Bundle(write_bundle(tmp_path, shots=10))
-    asked = {}
-
-    def note(self, spec, items, indices):
-        for i in indices:
-            asked.setdefault((spec.label, i), []).append(
-                core_eval.prompts(spec, items[i], core_eval.shots_of(items, i, spec.shots))
-            )
-        return [True] * len(indices)
-
-    monkeypatch.setattr(core_eval.Scorer, "right", note)
-    few = core_eval.evaluate(Bigrams({}), Letters(), bundle, max_per_task=3, runtime=RT)
-    assert few["tasks"]["say"]["n"] == 3
-    core_eval.evaluate(Bigrams({}), Letters(), bundle, runtime=RT)
-    limited = {key: texts for key, texts in asked.items() if len(texts) == 2}
-    assert len(limited) == 6 and all(one == other for one, other in limited.values())
+    few, every = Listening(), Listening()
+    results = core_eval.evaluate(Bigrams({}), few, bundle, max_per_task=3, runtime=RT)
+    assert [one["n"] for one in results["tasks"].values()] == [3, 3]
+    core_eval.evaluate(Bigrams({}), every, bundle, runtime=RT)
+    for asked, all_asked, prompts_an_item in zip(few.texts, every.texts, (3, 2), strict=True):
+        assert len(asked) == 3 * prompts_an_item and asked == all_asked[: len(asked)]
+        assert all(text.count("\n\n") == 10 for text in asked)  # as many shots as ever
 
 
 def test_zip_and_folder_give_the_same(tmp_path):
