@@ -98,8 +98,6 @@ def slots(fact: Fact) -> dict[str, str]:
 
 def is_plural(fact: Fact) -> bool:
     """Does the subject take a plural verb ("scissors", "sheep", "your eyes")?"""
-    if fact.relation in ("body", "group"):
-        return fact.subject.endswith("s")
     return world.kind(fact.subject) == "plural_only"
 
 

@@ -66,7 +66,10 @@ def gender() -> dict[str, str]:
 @cache
 def _kinds() -> dict[str, str]:
     kinds = {word: kind for kind in ("mass", "plural_only", "unique") for word in lists()[kind]}
-    kinds |= {subject: "plural_only" for subject, relation, _ in rows("facts.tsv") if relation in ("group", "body")}
+    many = set(_irregular_plurals().values())
+    for subject, relation, _ in rows("facts.tsv"):
+        if relation == "group" or relation == "body" and (subject.endswith("s") or subject in many):
+            kinds[subject] = "plural_only"
     for noun in ("sheep", "fish"):  # groups of them have a name, yet there is a sheep and a fish
         del kinds[noun]
     for _, _, text in rows("scenes.tsv"):
