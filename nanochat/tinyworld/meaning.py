@@ -111,6 +111,7 @@ class Context:
         if bound.get("R") or bound["rule"] == "riddle.s":
             return self._fact(bound) + self._meaning(bound)
         if not is_story(bound["rule"]):
+            self.topic = bound.get("v", self.topic)  # "You can find a squirrel in the forest. It eats nuts."
             return self._meaning(bound)
         bound, problems = self._pets(bound)
         problems += self._meaning(bound)
