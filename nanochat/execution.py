@@ -234,29 +234,25 @@ class Child:
         # A fixed hash seed makes verdicts repeatable; one malloc arena keeps threads within the address space.
         return {"PATH": "/usr/bin:/bin", "HOME": home, "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
 
-    def _spec(self, control: int) -> dict:
+    def _command(self, control: int) -> list[str]:
         limits = self.limits if self.how != "none" else dataclasses.replace(self.limits, processes=0)
-        return {
-            **self.descriptors,
+        inner = {**self.descriptors, "limits": limits.resource_limits()}
+        python = [_python(), *PYTHON_FLAGS]
+        if self.how == "bubblewrap":
+            return [*_bubblewrap(), *python, "/sandbox.py", self.mode, json.dumps(inner)]
+        if self.how == "none":
+            return [*python, str(SANDBOX), self.mode, json.dumps(inner)]
+        outer = {
             "mode": self.mode,
-            "limits": limits.resource_limits(),
             "control": control,
             "root": self.folder,
             "disk": self.limits.disk,
             "binds": visible_paths(),
             "python": _python(),
-            "command": [_python(), *PYTHON_FLAGS],
+            "command": python,
             "nobody": _can_be_nobody(),
         }
-
-    def _command(self, control: int) -> list[str]:
-        spec = json.dumps(self._spec(control))
-        python = [_python(), *PYTHON_FLAGS]
-        if self.how == "namespaces":
-            return [*python, str(SANDBOX), "enter", spec]
-        if self.how == "bubblewrap":
-            return [*_bubblewrap(), *python, "/sandbox.py", self.mode, spec]
-        return [*python, str(SANDBOX), self.mode, spec]
+        return [*python, str(SANDBOX), "enter", json.dumps(inner | outer)]
 
     def _map_users(self, control: socket.socket) -> None:
         """Wait until the child has its user namespace, then say who is who in it; failure shows as the child's end."""

@@ -22,7 +22,7 @@ import os
 import struct
 import sys
 
-NOBODY = 65534
+NOBODY, SIGKILL = 65534, 9
 MESSAGE_LIMIT = 16 << 20  # bytes of one packed value
 ITERATOR_LIMIT = 100_000  # items read from an iterator that the code under test returns
 NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000  # user mnt pid net ipc uts
@@ -30,7 +30,6 @@ MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 4096, 16384, 1 << 18, 2
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000  # one system call number on all architectures; Linux 5.12
 READ_ONLY, NOSUID, NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
-SIGKILL = 9
 
 
 class Gone(BaseException):
@@ -166,7 +165,8 @@ def become(libc: Libc, spec: dict) -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1)
     os.set_inheritable(spec["control"], False)
-    os.execve(spec["python"], [*spec["command"], "/sandbox.py", spec["mode"], json.dumps(spec)], dict(os.environ))
+    inner = {name: spec[name] for name in ("limits", "report", "link") if name in spec}
+    os.execve(spec["python"], [*spec["command"], "/sandbox.py", spec["mode"], json.dumps(inner)], dict(os.environ))
 
 
 # ---- the runners -----------------------------------------------------------------------------------------------------
@@ -203,18 +203,15 @@ def report(spec: dict, **values) -> None:
         json.dump(values, file)
 
 
-def described(error: BaseException) -> str:
-    """The line that Python ends a traceback with."""
+def described(error: BaseException, show: bool = False) -> str:
+    """The line that Python ends a traceback with; `show` prints all of it, as Python does."""
+    if isinstance(error, MemoryError):
+        error.__traceback__ = None  # it holds on to what filled the memory
     import traceback
 
+    if show:
+        traceback.print_exception(error)
     return traceback.format_exception_only(error)[-1].strip()[:500]
-
-
-def complain() -> None:
-    """Print the traceback, as Python does."""
-    import traceback
-
-    traceback.print_exc()
 
 
 def run(spec: dict) -> None:
@@ -228,8 +225,7 @@ def run(spec: dict) -> None:
     except SystemExit as error:
         report(spec, error=f"the program ended itself before its last line (SystemExit: {error.code})")
     except BaseException as error:  # noqa: BLE001 - whatever a program raises is its result
-        complain()
-        report(spec, error=described(error), memory=isinstance(error, MemoryError))
+        report(spec, error=described(error, show=True), memory=isinstance(error, MemoryError))
     else:
         report(spec, success=True)
 
@@ -246,7 +242,7 @@ def serve(spec: dict) -> None:
         sys.path.insert(0, os.getcwd())
         module = __import__("solution")
     except BaseException as error:  # noqa: BLE001 - as above
-        complain()
+        described(error, show=True)
         failure = error
     while (request := receive(link)) is not None:
         send(link, answer(module, failure, request))
@@ -395,6 +391,7 @@ def exactly(link, size: int) -> bytes | None:
 
 def main() -> None:
     mode, spec = sys.argv[1], json.loads(sys.argv[2])
+    del sys.argv[1:]
     if mode == "enter":
         enter(spec)
     limit(spec)
