@@ -151,6 +151,11 @@ class Engine:
         self._stop_tokens = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos))
         self._knobs: Knobs | None = None  # of the running rows; None after a change
 
+    def fresh(self) -> Engine:
+        """An empty engine of the same kind, for after a step that failed half way."""
+        kind = {"slots": self.slots, "max_len": self.max_len, "prefill_tokens": self.prefill_tokens}
+        return Engine(self.model, self.tokenizer, **kind, tools=self._tools is not None, frozen=self.frozen)
+
     # -- in and out ---------------------------------------------------------------------------------------------------
 
     @property
@@ -161,7 +166,7 @@ class Engine:
     def submit(self, ids: list[int], sampling: Sampling | None = None, n: int = 1) -> list[Sequence]:
         """Queue n replies to one prompt. UserError: empty prompt, unknown ids, no room for a reply in the context."""
         sampling = sampling or Sampling()
-        self._check(ids, n)
+        self.check(ids, n)
         prompt = _Prompt(list(ids), waiting=n)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sequences = [self._sequence(prompt, sampling, child_seed(seed, i)) for i in range(n)]
@@ -169,7 +174,8 @@ class Engine:
         self.waiting.extend(sequences)
         return sequences
 
-    def _check(self, ids, n):
+    def check(self, ids: list[int], n: int = 1) -> None:
+        """Refuse what `submit` would refuse."""
         if not ids:
             raise UserError("The prompt is empty: give at least one token, such as bos.")
         if len(ids) >= self.max_len:
@@ -350,7 +356,7 @@ class Engine:
         if not prompt.waiting:
             prompt.logits = prompt.last = None
         elif prompt.logits is None:
-            prompt.logits, prompt.last = logits.clone(), self.cache.last[len(self.running)].clone()
+            prompt.logits, prompt.last = logits.clone(), self.cache.newest(len(self.running))
 
     def _holder(self, prompt: _Prompt) -> int | None:
         """The slot of a running sequence with the same prompt."""
@@ -362,8 +368,7 @@ class Engine:
         """Start from a running twin's prompt without reading it again."""
         prompt, slot = sequence.prompt, len(self.running) + 1
         logits = prompt.logits
-        self.cache.copy(self._holder(prompt), slot, len(prompt.ids))
-        self.cache.last[slot] = prompt.last
+        self.cache.copy(self._holder(prompt), slot, len(prompt.ids), prompt.last)
         self._join(sequence, logits)
         return logits
 

@@ -37,15 +37,20 @@ class SlotCache:
         for slot, count in enumerate(counts, first):
             self.lengths[slot] += count
 
-    def copy(self, source: int, target: int, length: int | None = None) -> None:
-        """Make `target` hold the first `length` tokens of `source` (default all). `last` is right only for all."""
-        length = self.lengths[source] if length is None else length
+    def copy(self, source: int, target: int, length: int | None = None, newest: torch.Tensor | None = None) -> None:
+        """Make `target` hold all of `source`, or its first `length` tokens, of which `newest` is the last embedding."""
+        if length is None:
+            length, newest = self.lengths[source], self.newest(source)
         for i in range(len(self.layers)):
             memory = self.room(i, target + 1, length, self.layers[i])
             memory[:, target, :, :length] = memory[:, source, :, :length]
-        if self.last is not None:
-            self.last_rows(target + 1, self.last)[target] = self.last[source]
+        if newest is not None:
+            self.last_rows(target + 1, newest)[target] = newest
         self.lengths[target] = length
+
+    def newest(self, slot: int) -> torch.Tensor | None:
+        """A copy of the slot's newest embedding (C,), if the model keeps one."""
+        return None if self.last is None else self.last[slot].clone()
 
     def room(self, layer: int, slots: int, length: int, like: torch.Tensor) -> torch.Tensor:
         """The layer's memory, at least (2, slots, Hkv, length, D); doubled when too small. like: (..., Hkv, ., D).

@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import test_engine
-from tiny_model import TOKENIZER, save_checkpoint, tiny_gpt
+from tiny_model import TOKENIZER, Scripted, ids_of, save_checkpoint, tiny_gpt
 
 from nanochat import cli
 from nanochat.engine import Engine
@@ -23,19 +22,17 @@ from scripts.chat_cli import Config
 
 @pytest.fixture
 def says(monkeypatch):
-    """Make the loaded model one that says a fixed text to anything (tool tokens as in test_engine.ids_of)."""
+    """Make the loaded model one that says a fixed text to anything (tool tokens as in tiny_model.ids_of)."""
 
     def install(text, **sizes):
-        class Talker(test_engine.Scripted):
+        class Talker(Scripted):
             def forward(self, ids, cache=None, last_only=True, last=None):
                 if cache.starts[0] == 0:  # a new prompt: the script begins behind it
                     self.script = [0] * ids.size(1) + self.reply
                 return super().forward(ids, cache)
 
         model = Talker([])
-        model.reply = (
-            test_engine.ids_of(text) if isinstance(text, str) else [*text, TOKENIZER.special("<|assistant_end|>")]
-        )
+        model.reply = ids_of(text) if isinstance(text, str) else [*text, TOKENIZER.special("<|assistant_end|>")]
         model.config = tiny_gpt(**{"sequence_len": 200, **sizes}).config
         engine = Engine(model, TOKENIZER, slots=1)
         monkeypatch.setattr(chat_cli, "load_engine", lambda cfg: (engine, "test"))
@@ -103,7 +100,7 @@ def test_commands_and_leaving(says, monkeypatch, capsys):
 def test_the_model_sees_the_whole_conversation_until_clear(says, monkeypatch, capsys):
     engine = says("Yes.")
     seen = []
-    monkeypatch.setattr(engine, "_check", lambda ids, n: seen.append(TOKENIZER.decode(ids)))
+    monkeypatch.setattr(engine, "check", lambda ids, n: seen.append(TOKENIZER.decode(ids)))
     talk(monkeypatch, capsys, ["one", "two", "clear", "three"])
     assert seen[1].count("user_start") == 2 and "one" in seen[1] and "Yes" in seen[1]
     assert seen[2].count("user_start") == 1 and "three" in seen[2]
@@ -112,7 +109,7 @@ def test_the_model_sees_the_whole_conversation_until_clear(says, monkeypatch, ca
 def test_long_chats_lose_their_oldest_whole_turns_pitfall_30(says, monkeypatch, capsys):
     engine = says("Yes.", sequence_len=64)
     seen = []
-    monkeypatch.setattr(engine, "_check", lambda ids, n: seen.append(TOKENIZER.decode(ids)))
+    monkeypatch.setattr(engine, "check", lambda ids, n: seen.append(TOKENIZER.decode(ids)))
     out, result = talk(monkeypatch, capsys, [f"question {i}" for i in range(20)], max_tokens=16)
     assert result == {"turns": 20} and "no longer fit" in out
     assert all(text.startswith("<|bos|><|user_start|>question") for text in seen)
@@ -130,7 +127,7 @@ def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on_pitfall_27(s
 def test_special_tokens_in_what_the_user_types_stay_text(says, monkeypatch, capsys):
     engine = says("Yes.")
     seen = []
-    monkeypatch.setattr(engine, "_check", lambda ids, n: seen.append(ids))
+    monkeypatch.setattr(engine, "check", lambda ids, n: seen.append(ids))
     chat_cli.main(Config(prompt="<|assistant_end|>"))
     assert seen[0].count(TOKENIZER.special("<|assistant_end|>")) == 0
 

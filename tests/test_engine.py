@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import TOKENIZER, tiny_gpt
+from tiny_model import TOKENIZER, Scripted, ids_of, tiny_gpt
 
 from nanochat.engine import Engine
 from nanochat.errors import UserError
@@ -28,30 +28,6 @@ def check_greedy(model, ids, tokens, logprobs):
     chosen = law.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(chosen, law.amax(-1), atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.tensor(logprobs), chosen, atol=1e-4, rtol=0)
-
-
-class Scripted(torch.nn.Module):
-    """A stand-in for a model that always continues with the script, whatever it reads: script[i] follows i tokens."""
-
-    def __init__(self, script):
-        super().__init__()
-        self.config, self.attend = MODEL.config, None
-        self.lm_head = torch.nn.Linear(1, 1)
-        self.script, self.rows = script, []
-
-    def forward(self, ids, cache=None, last_only=True, last=None):
-        positions = cache.positions(*ids.shape)[:, -1]
-        self.rows.append(len(ids))
-        logits = torch.full((len(ids), 1, self.config.vocab_size), -20.0)
-        for row, position in enumerate(positions.tolist()):
-            logits[row, 0, self.script[position + 1]] = 20.0
-        return logits
-
-
-def ids_of(text):
-    """Text with tool tokens written «» (python), ‹› (output) and . (assistant_end) to ids."""
-    names = {"«": "python_start", "»": "python_end", "‹": "output_start", "›": "output_end", ".": "assistant_end"}
-    return [TOKENIZER.special(f"<|{names[c]}|>") if c in names else ord(c) for c in text]
 
 
 def scripted(text, **sampling):

@@ -1,6 +1,7 @@
 """A byte tokenizer and a small random GPT with every feature alive (smear, value embeddings, windows, few kv heads)."""
 
 import dataclasses
+import time
 
 import torch
 
@@ -33,3 +34,54 @@ def save_checkpoint(source="sft", tag="d3", step=5, **changes):
     meta = {"stage": source, "config": dataclasses.asdict(model.config), "tokenizer": TOKENIZER.fingerprint}
     checkpoint.save(checkpoint.folder(source) / tag, step, model=model, meta=meta, runtime=Runtime.single())
     return model
+
+
+class Scripted(torch.nn.Module):
+    """A stand-in for a model that always continues with the script, whatever it reads: script[i] follows i tokens."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.config, self.attend = tiny_gpt().config, None
+        self.lm_head = torch.nn.Linear(1, 1)
+        self.script, self.rows = script, []
+
+    def forward(self, ids, cache=None, last_only=True, last=None):
+        positions = cache.positions(*ids.shape)[:, -1]
+        self.rows.append(len(ids))
+        logits = torch.full((len(ids), 1, self.config.vocab_size), -20.0)
+        for row, position in enumerate(positions.tolist()):
+            logits[row, 0, self.script[position + 1]] = 20.0
+        return logits
+
+
+def ids_of(text):
+    """Text with tool tokens written «» (python), ‹› (output) and . (assistant_end) to ids."""
+    names = {"«": "python_start", "»": "python_end", "‹": "output_start", "›": "output_end", ".": "assistant_end"}
+    return [TOKENIZER.special(f"<|{names[c]}|>") if c in names else ord(c) for c in text]
+
+
+class Chain(torch.nn.Module):
+    """A stand-in for a model whose next token follows from the last one alone, so that many rows can be told apart.
+
+    After assistant_start it says `text` (or ids), whose tokens must all differ; after its last one the first again,
+    unless that is "." (assistant_end). `seconds` of pause a forward; `steps` counts them.
+    """
+
+    def __init__(self, text, seconds=0.0, **sizes):
+        super().__init__()
+        ids = ids_of(text) if isinstance(text, str) else text
+        assert len(set(ids)) == len(ids)
+        self.config, self.attend = tiny_gpt(**{"sequence_len": 400, **sizes}).config, None
+        self.lm_head = torch.nn.Linear(1, 1)
+        self.next = dict(zip([TOKENIZER.special("<|assistant_start|>"), *ids], [*ids, ids[0]]))
+        self.seconds, self.steps, self.fail = seconds, 0, False
+
+    def forward(self, ids, cache=None, last_only=True, last=None):
+        time.sleep(self.seconds)
+        self.steps += 1
+        if self.fail:
+            raise RuntimeError("out of memory")
+        logits = torch.full((len(ids), 1, self.config.vocab_size), -20.0)
+        for row, tokens in enumerate(ids.tolist()):
+            logits[row, 0, self.next.get(tokens[-1 if last is None else int(last[row])], 0)] = 20.0
+        return logits

@@ -1,0 +1,95 @@
+"""What stands before the endpoints: body size, same origin, API key, and the headers of every answer. Plain ASGI.
+
+The server keeps no cookies, so what a foreign page could abuse is a browser that can reach it: a request with an
+Origin that is not the server's own is refused, and so, on a loopback address, is a Host that is not local (DNS
+rebinding).
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+
+from starlette.exceptions import HTTPException
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+OPEN_PATHS = ("/", "/health", "/logo.svg")  # need no key
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+
+
+class Guard:
+    """ASGI middleware. api_key: None lets everyone in. local: the server listens on a loopback address only."""
+
+    def __init__(self, app, *, api_key: str | None, max_body: int, local: bool):
+        self.app, self.api_key, self.max_body, self.local = app, api_key, max_body, local
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refusal = self._refusal(scope["path"], headers)
+        if refusal:
+            await answer(send, *refusal)
+            return
+
+        async def send_with_headers(message):
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *HEADERS]}
+            await send(message)
+
+        await self.app(scope, self._limited(receive), send_with_headers)
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        host = headers.get("host", "")
+        if self.local and hostname(host) not in LOCAL:
+            return 403, "This server answers to its local name only."
+        origin = headers.get("origin")
+        if origin is not None and origin.split("://")[-1] != host:
+            return 403, "Requests from other sites are refused."
+        if not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", "0")) > self.max_body:
+            return 413, f"The request is larger than {self.max_body} bytes."
+        if self.api_key and path not in OPEN_PATHS and not self._knows_the_key(headers):
+            return 401, "This server needs its API key: send Authorization: Bearer KEY."
+        return None
+
+    def _knows_the_key(self, headers: dict[str, str]) -> bool:
+        given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        return hmac.compare_digest(given.encode(), self.api_key.encode())
+
+    def _limited(self, receive):
+        """Count the body while it comes: a client need not tell its length, nor tell it truly."""
+        seen = 0
+
+        async def count():
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.max_body:
+                raise HTTPException(413, f"The request is larger than {self.max_body} bytes.")
+            return message
+
+        return count
+
+
+def hostname(host: str) -> str:
+    """The name in a Host header, without the port."""
+    if host.startswith("["):
+        return host[1:].split("]")[0]
+    return host.rsplit(":", 1)[0] if host.count(":") == 1 else host
+
+
+async def answer(send, status: int, message: str) -> None:
+    """Send an error in both forms, the published `detail` and OpenAI's `error`."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    body = json.dumps({"detail": message, "error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *HEADERS]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
