@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import threading
 import time
@@ -353,6 +354,68 @@ def test_no_conversation_is_logged_pitfall_32(hello, caplog, capfd):
     out = capfd.readouterr()
     assert "diary" not in caplog.text + out.out + out.err
     assert "diary" not in post(hello, status=422, messages="my secret diary").text
+
+
+# -- the page in a browser --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium of this machine."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if path is None:
+        pytest.skip("there is no Chromium on this machine")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.slow
+def test_the_page_talks_stops_regenerates_edits_and_remembers_pitfall_33(browser):
+    with serving("a«2*3»‹6›bcdefgh\nijklm<nop>qrstuvwxyz.", seconds=0.02, max_tokens=200) as (url, worker):
+        page, faults = browser.new_page(), []
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+
+        def say(text):
+            page.fill("#words", text)
+            page.keyboard.press("Enter")
+
+        def settled(articles):
+            until(lambda: page.inner_text("#send") == "Send" and page.locator("article").count() == articles, 20)
+
+        page.goto(url)
+        say("<img src=x onerror=alert(1)> /clear")  # neither markup nor a command: text
+        settled(2)
+        assert page.inner_text("article.user .text") == "<img src=x onerror=alert(1)> /clear"
+        assert page.inner_text("article.assistant .text") == "a2*3 = 6bcdefgh\nijklm<nop>qrstuvwxyz"
+        assert page.locator("img").count() == 1  # the logo
+        say("second")
+        until(lambda: page.locator("article").count() == 4 and page.inner_text("article:last-of-type .text"))
+        page.keyboard.press("Escape")
+        settled(4)
+        until(lambda: worker.load == 0, 1)
+        assert "stopped" in page.inner_text("article:last-of-type")
+        page.locator("article.assistant >> text=Regenerate").last.click()
+        settled(4)
+        assert page.locator("article.assistant .text").last.inner_text().endswith("xyz")
+        page.reload()
+        assert page.locator("article").count() == 4 and page.locator("#chats li").count() == 1
+        page.locator("article.user >> text=Edit").last.click()
+        assert page.input_value("#words") == "second" and page.locator("article").count() == 2
+        worker.engine.model.fail = True
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=The model failed.")
+        worker.engine.model.fail = False
+        page.click("text=Try again")
+        settled(4)
+        page.click("#fresh")
+        assert page.locator("article").count() == 0 and page.locator("#chats li").count() == 1
+        page.locator("#chats li button").last.click()
+        assert page.locator("#chats li").count() == 0
+        assert faults == []
 
 
 # -- the script -------------------------------------------------------------------------------------------------------
