@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import cli
-from scripts import tree
+from nanochat import cli, record
+from scripts import series, tree
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [p for p in (ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
@@ -92,3 +92,16 @@ def test_setup_keeps_a_base_dir_that_is_set_pitfall_47(tmp_path):
     }
     done = subprocess.run(["bash", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(tmp_path / "mine") and done.returncode != 0
+
+
+def test_the_series_reads_records_and_leaves_unfinished_runs_out_pitfall_47(base_dir):
+    plan = {"config": {"n_layer": 4, "n_embd": 256}, "parameters": {"total": 9, "scaling": 5}, "batch": 8,
+            "iterations": 2, "tokens": 16, "flops": 1e9}  # fmt: skip
+    for tag, ended in (("s_d4", True), ("s_d6", False)):
+        log = record.Record(base_dir / "base_checkpoints" / tag / "record.jsonl", stage="base", config={})
+        log.event("plan", plan=plan)
+        if ended:
+            log.close(val_bpb=1.5, seconds=3.0, tokens_per_second=5.0)
+    (row,) = series.main(series.Config(prefix="s_", output=str(base_dir / "s.csv")))["rows"]
+    assert (row["tag"], row["depth"], row["scaling_parameters"], row["val_bpb"]) == ("s_d4", 4, 5, 1.5)
+    assert (base_dir / "s.csv").read_text().count("\n") == 2

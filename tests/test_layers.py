@@ -1,8 +1,10 @@
 """Who may import whom (CONTRIBUTING.md), kept by reading the imports; and that importing does nothing."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,28 @@ def test_every_script_can_be_imported_without_doing_anything_pitfall_50(tmp_path
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_every_module_is_named_by_a_test_pitfall_43():
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
+    for path in modules():
+        name = path.stem
+        assert name == "__init__" or re.search(rf"\b{name}\b", text), f"no test speaks of {path.relative_to(ROOT)}"
+
+
+def test_every_import_is_declared_pitfall_49():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = " ".join(project["dependencies"] + project["optional-dependencies"]["gpu"]).lower().replace("-", "_")
+    renamed = {"yaml": "pyyaml", "triton": "torch"}  # triton comes with the CUDA build of torch
+    for path in modules():
+        for name, _ in imports(path):
+            package = name.split(".")[0]
+            if package not in sys.stdlib_module_names and package not in ("nanochat", "scripts", "tasks", "__future__"):
+                assert renamed.get(package, package).lower() in declared, f"{path.name} imports undeclared {package}"
+
+
+def test_stages_run_from_any_folder_pitfall_49(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.plan", "--depth=4"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stderr

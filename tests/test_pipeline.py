@@ -101,25 +101,47 @@ def test_resume_with_other_flags_is_refused_and_lists_them_pitfall_8(here):
         base_train.main(cfg)
 
 
-def test_a_signal_saves_and_leaves_with_its_code_and_resume_ends_in_the_same_place(here):
-    args = [f"--{f.name.replace('_', '-')}={getattr(BASE, f.name)}" for f in dataclasses.fields(BASE)
-            if not isinstance(getattr(BASE, f.name), bool) and getattr(BASE, f.name) != ""]  # fmt: skip
-    args = [a for a in args if not a.startswith(("--model-tag", "--num-iterations", "--save-every"))]
-    args += ["--num-iterations=200", "--save-every=-1", "--model-tag=signalled"]
-    command = [sys.executable, "-m", "scripts.base_train", *args]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("step     3"):
-            process.send_signal(signal.SIGTERM)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert "--resume goes on from here" in err and "Traceback" not in err
+def flags(cfg, **changed):
+    """The command line of a config."""
+    values = dataclasses.asdict(dataclasses.replace(cfg, **changed))
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if not isinstance(value, bool | str) or
+            (isinstance(value, str) and value)]  # fmt: skip
+
+
+def stop_at(step, signum, arguments):
+    """Run pretraining as a command, send it a signal when it reports `step`; returns (exit status, what it said)."""
+    command = [sys.executable, "-m", "scripts.base_train", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), **pipes) as process:
+        for line in process.stdout:
+            if line.startswith(f"step {step:5d}/"):
+                process.send_signal(signum)
+                break
+        _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_a_signal_saves_and_leaves_with_its_code(here):
+    arguments = flags(BASE, num_iterations=200, save_every=-1, model_tag="signalled")
+    status, said = stop_at(3, signal.SIGTERM, arguments)
+    assert status == 128 + signal.SIGTERM, said
+    assert "--resume goes on from here" in said and "Traceback" not in said
     root = checkpoint.folder("base") / "signalled"
     (step,) = checkpoint.complete_steps(root)
     checkpoint.load(root / f"step_{step:06d}").verify()
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_in_the_same_place_pitfalls_6_8(here):
+    arguments = flags(BASE, num_iterations=12, save_every=3, model_tag="killed")
+    for step in (4, 8):
+        status, said = stop_at(step, signal.SIGKILL, [*arguments, "--resume"])
+        assert status == -signal.SIGKILL, said
+    cfg = dataclasses.replace(BASE, num_iterations=12, save_every=3)
+    base_train.main(dataclasses.replace(cfg, model_tag="killed", resume=True))
+    base_train.main(dataclasses.replace(cfg, model_tag="straight"))
+    one, other = (checkpoint.load(checkpoint.find("base", tag)).weights() for tag in ("killed", "straight"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_base_and_chat_evaluations_write_what_they_measured(here):
@@ -188,3 +210,16 @@ def test_two_ranks_learn_what_one_learns_pitfall_14(here, torchrun, tmp_path):
         for one, many in zip(curves[1], curves[world], strict=True):
             assert abs(one - many) <= 1e-4 * one
         assert bpbs[world] == pytest.approx(bpbs[1], rel=1e-4)
+
+
+def test_grouped_heads_are_reachable_from_the_command_line_pitfall_25(here):
+    cfg = dataclasses.replace(BASE, n_kv_head=1, num_iterations=1, eval_tokens=0, model_tag="gqa")
+    base_train.main(cfg)
+    found = checkpoint.load(checkpoint.find("base", "gqa"))
+    assert found.meta["config"]["n_kv_head"] == 1 and found.meta["config"]["n_head"] == 2
+    assert found.weights()["transformer.h.0.attn.c_k.weight"].shape == (16, 32)
+
+
+def test_an_unknown_device_has_no_mfu_rather_than_zero_pitfall_25(here):
+    rows = record.read(here / "base_checkpoints/tiny/record.jsonl")
+    assert all(row["mfu"] is None for row in rows if row["kind"] == "step")
