@@ -4,6 +4,7 @@ One process a device. `torchrun` sets RANK, LOCAL_RANK and WORLD_SIZE; without t
 process group is NCCL on CUDA and gloo on CPU, so distributed code runs, and is tested, without a GPU.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from nanochat.errors import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -145,6 +147,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def keep_pages() -> None:
+    """Tell glibc to keep freed memory: on a CPU each step else maps its large temporaries, and faults them in, anew."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def start(device_type: str = "", seed: int = 42) -> Runtime:
     """Look at the machine, join the process group if torchrun started us, seed; returns the Runtime."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -154,6 +163,8 @@ def start(device_type: str = "", seed: int = 42) -> Runtime:
         raise UserError("Several processes can't share one MPS device: run without torchrun, or --device-type=cpu.")
     dtype, reason = pick_dtype(device)
     seed_everything(seed)
+    if device.type == "cpu":
+        keep_pages()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32

@@ -264,9 +264,9 @@ def main(cfg: Config) -> dict:
             began = time.perf_counter()
             for _ in range(plan.accum):
                 batch = next(loader)
-                loss = forward(batch.inputs, batch.targets)
-                (loss * (scaler.scale / plan.accum)).backward()
-                meter.add(loss, batch.targets.numel())
+                total = forward(batch.inputs, batch.targets, reduction="sum")  # as in fine-tuning: one compiled graph
+                (total * (scaler.scale / (plan.accum * batch.targets.numel()))).backward()
+                meter.add(total / batch.targets.numel(), batch.targets.numel())
             loss = meter.mean(rt)
             lr_mult = schedule.lr(step, plan.iterations, plan.warmup_steps, plan.warmdown_ratio, plan.final_lr_frac)
             norm = train.optimizer_step(

@@ -20,9 +20,9 @@ from nanochat.tinyworld.skills import SHARE, Turn
 SPLITS = ("train", "val", "test")
 
 WEIGHTS = {
-    "facts": 52.0,
-    "sums": 22.0,
-    "about_me": 5.0,
+    "facts": 56.0,
+    "sums": 15.0,
+    "about_me": 8.0,
     "chatter": 2.5,
     "unknown": 3.0,
     "compare": 3.0,
