@@ -42,7 +42,7 @@ def _count(targets: torch.Tensor) -> torch.Tensor:
     return (targets != IGNORE).sum().clamp(min=1)
 
 
-def _score(rows, weight, target, vocab, cap):
+def score_chunk(rows, weight, target, vocab, cap):
     """A chunk: rows (n, C), weight (Vpadded, C), target (n,) -> (losses (n,), gradients by the uncapped logits)."""
     z = F.linear(rows, weight)
     column = torch.arange(z.size(1), device=z.device)
@@ -57,27 +57,35 @@ def _score(rows, weight, target, vocab, cap):
     return loss, torch.where(scored, grad, 0.0).to(rows.dtype)
 
 
+def _add_product(total, a, b):
+    """total += a @ b, in one go where the dtypes agree."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
 class _Chunked(torch.autograd.Function):
     """Summed loss; its gradient is made in the forward and only scaled in the backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab, cap, chunk):
+    def forward(ctx, hidden, weight, targets, vocab, cap, chunk, score):
         used = weight.to(hidden.dtype)
         total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
         grad_hidden, grad_weight = [], torch.zeros_like(weight)
         for start in range(0, hidden.size(0), chunk):
             rows = hidden[start : start + chunk]
-            loss, grad = _score(rows, used, targets[start : start + chunk], vocab, cap)
+            loss, grad = score(rows, used, targets[start : start + chunk], vocab, cap)
             total = total + loss.sum()
             grad_hidden.append(grad @ used)
-            grad_weight += grad.T @ rows
+            _add_product(grad_weight, grad.T, rows)
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * upstream.to(grad_hidden.dtype), grad_weight * upstream.to(grad_weight.dtype), *[None] * 4
+        return grad_hidden * upstream.to(grad_hidden.dtype), grad_weight * upstream.to(grad_weight.dtype), *[None] * 5
 
 
 class _PerRow(torch.autograd.Function):
@@ -96,25 +104,28 @@ class _PerRow(torch.autograd.Function):
         used, grad_hidden, grad_weight = weight.to(hidden.dtype), [], torch.zeros_like(weight)
         for start in range(0, hidden.size(0), chunk):
             rows, factor = hidden[start : start + chunk], upstream[start : start + chunk].unsqueeze(1)
-            grad = _score(rows, used, targets[start : start + chunk], vocab, cap)[1] * factor.to(rows.dtype)
+            grad = score_chunk(rows, used, targets[start : start + chunk], vocab, cap)[1] * factor.to(rows.dtype)
             grad_hidden.append(grad @ used)
-            grad_weight += grad.T @ rows
+            _add_product(grad_weight, grad.T, rows)
         return torch.cat(grad_hidden), grad_weight, *[None] * 4
 
 
-def linear_cross_entropy(hidden, weight, targets, vocab: int, cap: float, reduction: str = "mean", chunk: int = CHUNK):
+def linear_cross_entropy(
+    hidden, weight, targets, vocab: int, cap: float, reduction: str = "mean", chunk: int | None = None, score=None
+):
     """hidden (N, C), weight (Vpadded, C), targets (N,) with -1 = ignored -> loss, fp32 (fp64 for fp64 inputs).
 
     "mean" (over the scored targets; 0 when there is none) and "sum" make the gradient in the forward; "none" gives
     (N,), 0 where ignored, and recomputes each chunk in the backward. At most chunk x V logits are alive.
+    chunk: rows a chunk, None for CHUNK. score: a compiled `score_chunk`.
     """
-    arguments = (hidden, weight, targets, vocab, cap, chunk)
+    arguments = (hidden, weight, targets, vocab, cap, chunk or CHUNK)
     if not torch.is_grad_enabled():
         losses = _per_row(*arguments)
     elif reduction == "none":
         losses = _PerRow.apply(*arguments)
     else:
-        losses = _Chunked.apply(*arguments)
+        losses = _Chunked.apply(*arguments, score or score_chunk)
     if reduction == "none":
         return losses
     return losses.sum() / _count(targets) if reduction == "mean" else losses.sum()
