@@ -17,22 +17,28 @@ DOCUMENTS = [p for p in (ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT /
 RECIPES = sorted((ROOT / "runs").glob("*.sh"))
 
 
-def commands(text):
-    """Every `python -m module flags` and `torchrun ... -m module -- flags`, as (module, flags)."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    for line in joined.splitlines():
+LAUNCH = re.compile(
+    r"(?:python|torchrun|\$\{launch\[@\]\})(?:\s+--?[\w=${}:\"-]+)*?\s+(?:-m\s+)?((?:scripts|nanochat)\.\w+)([^;&|`)]*)"
+)
+
+
+def commands(text, fenced=False):
+    """Every `python -m module flags` and `torchrun ... -m module -- flags`, as (module, flags).
+
+    fenced: only those in code blocks (Markdown). Comments and what a recipe only prints are left out.
+    """
+    if fenced:
+        text = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         line = line.split("  #")[0].strip()
-        match = re.search(
-            r"(?:python|torchrun|\$\{launch\[@\]\})(?:\s+--?[\w=${}:-]+)*?\s+(?:-m\s+)?((?:scripts|nanochat)\.\w+)(.*)",
-            line,
-        )
-        if match:
+        if not line.startswith(("#", "echo")) and (match := LAUNCH.search(line)):
             yield match[1], match[2].strip()
 
 
 def values(flags):
     """The flags of a command with shell variables replaced by a number, without what is not a flag."""
-    flags = re.sub(r"\$\{?\w+[^}\s\"]*\}?|\"\$@\"", "1", flags.split("#")[0].split("&")[0].split(")")[0])
+    flags = flags.replace("${ARGS:-}", "").replace('"$@"', "")
+    flags = re.sub(r"\$\{?\w+[^}\s\"]*\}?", "1", flags)
     parts = [part for part in shlex.split(flags) if part != "--"]
     return [
         p
@@ -43,7 +49,7 @@ def values(flags):
 
 def cases():
     for path in [*DOCUMENTS, *RECIPES]:
-        for module, flags in commands(path.read_text(encoding="utf-8")):
+        for module, flags in commands(path.read_text(encoding="utf-8"), path.suffix == ".md"):
             yield pytest.param(module, flags, id=f"{path.name}: {module} {flags}"[:100])
 
 

@@ -127,9 +127,7 @@ def test_no_parameter_is_left_without_a_first_value():
             p.fill_(math.nan)
     model.init_weights(seed=3)
     assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
-    assert all(
-        p.dtype == torch.float32 for p in model.parameters()
-    )  # pitfall 23: so are the moments
+    assert all(p.dtype == torch.float32 for p in model.parameters())  # pitfall 23: so are the moments
 
 
 def test_first_values_are_the_published_ones():
