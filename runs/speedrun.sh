@@ -30,19 +30,21 @@ stage() {
 }
 
 pocket() {
+    # 128 wide, because a small model that reads more beats a larger one that reads less in the same minutes; rates twice
+    # the defaults, because batches are small and the run is short (dev/LOG.md).
     local seed="${SEED:-42}"
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size=4096 --max-chars=6000000
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
-        --depth=4 --head-dim=64 --window-pattern=L --max-seq-len=256 --device-batch-size=32 --total-batch-size=8192 \
-        --num-iterations=400 --eval-every=100 --eval-tokens=65536 --core-metric-every=-1 --sample-every=200 \
-        --save-every=50 --resume
+        --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=16 \
+        --total-batch-size=4096 --num-iterations=700 --matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.012 \
+        --eval-every=175 --eval-tokens=32768 --core-metric-every=-1 --sample-every=350 --save-every=100 --resume
     stage base_eval python -m scripts.base_eval --model-tag=pocket --eval=bpb,sample --split-tokens=65536
-    stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket --num-iterations=200 \
-        --eval-every=100 --eval-tokens=65536 --chatcore-every=-1 --save-every=50 --resume
-    stage chat_eval_sft python -m scripts.chat_eval -i sft --model-tag=pocket --max-problems=200
-    stage chat_rl python -m scripts.chat_rl --run="$run" --seed="$seed" --model-tag=pocket --num-iterations=20 \
-        --max-new-tokens=48 --eval-every=20 --eval-examples=200 --eval-samples=4 --save-every=10 --resume
-    stage chat_eval_rl python -m scripts.chat_eval -i rl --model-tag=pocket --max-problems=200
+    stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket --num-iterations=400 \
+        --init-lr-frac=0.6 --eval-every=200 --eval-tokens=32768 --chatcore-every=-1 --save-every=100 --resume
+    stage chat_eval_sft python -m scripts.chat_eval -i sft --model-tag=pocket --max-problems=400 --max-new-tokens=48
+    stage chat_rl python -m scripts.chat_rl --run="$run" --seed="$seed" --model-tag=pocket --num-iterations=24 \
+        --max-new-tokens=48 --eval-every=24 --eval-examples=400 --eval-samples=4 --save-every=8 --resume
+    stage chat_eval_rl python -m scripts.chat_eval -i rl --model-tag=pocket --max-problems=400 --max-new-tokens=48
     python -m scripts.report --model-tag=pocket
     echo "Done. Talk to it: source .venv/bin/activate && python -m scripts.chat_cli -i rl --model-tag=pocket"
 }

@@ -219,16 +219,16 @@ def _riddle_text(split: str, rng: Random) -> str:
 
 
 KINDS = {
-    "relation": 0.17,
-    "mixed": 0.19,
-    "entry": 0.10,
-    "riddle": 0.03,
-    "sums": 0.06,
-    "letters": 0.05,
+    "relation": 0.19,
+    "mixed": 0.20,
+    "entry": 0.11,
+    "riddle": 0.02,
+    "sums": 0.04,
+    "letters": 0.02,
     "scenes": 0.05,
     "orders": 0.02,
-    "copying": 0.08,
-    "story": 0.25,
+    "copying": 0.05,
+    "story": 0.30,
 }
 _MAKERS: dict[str, Callable[[str, Random], str]] = {
     "relation": _relation_text,
