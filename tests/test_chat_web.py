@@ -252,15 +252,14 @@ def test_health_answers_at_once_while_replies_are_made_pitfall_32():
 
 
 def test_requests_share_the_steps_pitfall_26():
-    with serving(seconds=0.02, slots=4) as (url, worker):
-        threads = [
-            threading.Thread(target=post, args=(url,), kwargs={"messages": HELLO, "max_tokens": 20}) for _ in range(4)
-        ]
+    with serving(seconds=0.04, slots=4) as (url, worker):
+        body = {"messages": HELLO, "max_tokens": 40}
+        threads = [threading.Thread(target=post, args=(url,), kwargs=body) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert worker.tokens == 80 and worker.engine.model.steps < 60
+        assert worker.tokens == 160 and worker.engine.model.steps < 120  # one after the other: 160
 
 
 @pytest.mark.parametrize(
@@ -276,9 +275,8 @@ def test_a_client_that_leaves_takes_its_reply_along_pitfall_32(path, stream):
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post(url + path, json=body, timeout=0.3)
-        left = worker.tokens
-        until(lambda: worker.load == 0, seconds=1)
-        assert worker.tokens <= left + 4  # the socket's news takes a moment; the engine itself at most one step
+        until(lambda: worker.load == 0)
+        assert worker.tokens < 200  # of 300 in 9 seconds; the engine itself goes on for at most a step (test_engine)
         steps = worker.engine.model.steps
         time.sleep(0.2)
         assert worker.engine.model.steps == steps

@@ -101,9 +101,9 @@ BOMBS = [
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda b: b[:24])
 def test_no_expression_costs_time_or_memory_pitfall_31(bomb):
-    begin = time.perf_counter()
+    begin = time.process_time()
     answer = calculator(bomb)
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5
     assert answer is None or len(answer) <= 2 * tools.MAX_DIGITS
 
 
