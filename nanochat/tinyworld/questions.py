@@ -25,19 +25,45 @@ OPENERS = (
     "My friend asks: {}", "We are playing a quiz. {}", "This is for my homework. {}", "In school they asked: {}",
     "I am reading a book. {}", "My mother wants to know: {}", "I am not sure. {}", "{} I am not sure.",
     "I am learning English. {}", "Let us play. {}", "Listen: {}", "Think well. {}",
+    "Excuse me, {}", "Well, {}", "Good morning! {}", "Hi there! {}", "I have a small problem. {}", "Just asking: {}",
+    "I am writing a story and I need your help. {}", "I am making a poster for school. {}", "It is for a game. {}",
+    "My teacher asked me this: {}", "My little sister asked me: {}", "My grandfather asks: {}", "For my homework: {}",
+    "We are having a quiz at home. {}", "Nobody here knows it. {}", "I was thinking. {}", "You are clever. {}",
+    "Here is an easy one: {}", "Here is my next question. {}", "Before I go to bed, {}", "For a test at school, {}",
+    "{} I need it for my homework.", "{} My friend asked me.", "{} It is for a story.", "{} I am curious.",
+    "{} Nobody here knows it.", "{} Answer in one sentence.", "{} Thanks in advance.", "{} Be quick!",
+    "{} My teacher wants to know.", "{} That is my question.", "{} Can you help me?", "{} We are playing a quiz.",
 )  # fmt: skip
 EMBEDDERS = (
     "Tell me {}.", "Please tell me {}.", "Do you know {}?", "Can you tell me {}?", "Could you tell me {}, please?",
     "I want to know {}.", "I would like to know {}.", "Can you say {}?", "I forgot {}.", "I need to know {}.",
     "Please say {}.", "Could you please tell me {}?", "Hi, can you tell me {}?", "Hello! Do you know {}?",
+    "For my homework I need to know {}.", "For school I must write {}.", "Would you tell me {}?", "Will you tell me {}?",
+    "Help me, I need to know {}.", "I am trying to learn {}.", "Explain to me {}, please.", "Let me know {}.",
+    "I do not know {}. Do you?", "I have forgotten {}. Can you help?", "Teach me {}.", "Just tell me {}.",
+    "My friend wants to know {}.", "My teacher wants me to say {}.", "Do you remember {}?", "Write {}.",
+    "I am writing a story and I need to know {}.", "In a quiz they want to know {}.", "Show me that you know {}.",
+    "It would be nice to know {}.", "I hope you can tell me {}.", "I cannot remember {}.", "Answer this: {}?",
+)  # fmt: skip
+CLAUSE_EMBEDDERS = (  # only for a clause, not for "the colour of ..."
+    "I wonder {}.", "My friend asked me {}.", "My little brother asked {}.", "We wonder {}.", "Any idea {}?",
+    "Do you have an idea {}?", "I asked my father {}, but he did not know.", "Our teacher asked us {}.",
+    "I am not sure {}.", "I am curious {}.", "Nobody here knows {}. Can you help?", "Can you guess {}?",
 )  # fmt: skip
 FOLLOW_UPS = ("And {}?", "What about {}?", "And what about {}?", "How about {}?", "And {}, please?", "And now {}?")
 SCENES = (  # what someone says of a thing before asking about it
     "I see {a}.", "I have {a}.", "Look, here is {a}.", "Think of {a}.", "I like {p}.", "Here is a picture of {a}.",
     "I read about {a}.", "We talk about {a} in school.", "My brother talks about {a}.", "There is {a} in my book.",
     "I dreamed of {a}.", "My friend told me about {a}.", "Let us talk about {a}.", "I know {a}.",
+    "I am writing a story about {a}.", "My homework is about {a}.", "In a film I saw {a}.", "My sister drew {a}.",
+    "I want to learn about {p}.", "I have a question about {a}.", "We have a quiz about {p}.", "Imagine {a}.",
+    "This question is about {a}.", "I was thinking about {a}.", "My friend asked me about {a}.",
 )  # fmt: skip
 ABOUT_IT = re.compile(r"\{(does|is|has)\} \{a\}")  # questions that can say "it" for {a}
+NOISE = (  # around a question without its mark
+    "okay {}?", "well {}?", "um, {}?", "hello hello, {}?", "hi, hi! {}?", "please, {}?", "so {}?", "oh, {}?",
+    "{} please?", "{}, please", "{}, okay?", "{}??", "{} ?", "{}, thanks", "{}...", "{}?!", "{} again?", "{} then?",
+)  # fmt: skip
 VERB_RELATIONS = ("job", "moves", "used_for", "body", "cannot")  # whose objects are verb phrases
 
 
@@ -185,7 +211,8 @@ def spoken(rng: Random, core: Core, fact: Fact) -> str:
     """The core as someone would type it: opened, embedded, now and then careless."""
     text = core.template.format_map(slots(fact))
     if core.form == "tell":
-        text = rng.choice(EMBEDDERS).format(text)
+        clause = not text.startswith("the ")
+        text = rng.choice(CLAUSE_EMBEDDERS if clause and rng.random() < 0.3 else EMBEDDERS).format(text)
     elif rng.random() < 0.35:
         text = opened(rng, text)
     return careless(rng, upper_first(text))
@@ -198,11 +225,20 @@ def opened(rng: Random, text: str) -> str:
 
 
 def careless(rng: Random, text: str) -> str:
-    """One text in 14 in lower case, one in 14 without its last mark."""
+    """One text in 14 in lower case, one in 14 without its last mark; one question in 20 with other harmless noise."""
     draw = rng.random()
     if draw < 0.07:
         return text.lower()
+    if draw < 0.12 and text.endswith("?"):
+        return noisy(rng, text)
     return text.rstrip("?.!") if draw > 0.93 else text
+
+
+def noisy(rng: Random, text: str) -> str:
+    """A question with a needless word or mark, perhaps also in lower case."""
+    shape = rng.choice(NOISE)
+    text = shape.format(text[:-1] if shape.startswith("{}") else inside(text[:-1]))
+    return text.lower() if rng.random() < 0.3 else upper_first(text)
 
 
 def ask(rng: Random, fact: Fact, test: bool) -> str:
