@@ -36,11 +36,11 @@ pocket() {
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size=4096 --max-chars=6000000
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
         --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=16 \
-        --total-batch-size=4096 --num-iterations=700 --matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.012 \
-        --eval-every=175 --eval-tokens=32768 --core-metric-every=-1 --sample-every=350 --save-every=100 --resume
+        --total-batch-size=4096 --num-iterations=900 --matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.012 \
+        --eval-every=225 --eval-tokens=32768 --core-metric-every=-1 --sample-every=450 --save-every=150 --resume
     stage base_eval python -m scripts.base_eval --model-tag=pocket --eval=bpb,sample --split-tokens=65536
-    stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket --num-iterations=400 \
-        --init-lr-frac=0.6 --eval-every=200 --eval-tokens=32768 --chatcore-every=-1 --save-every=100 --resume
+    stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket --num-iterations=450 \
+        --init-lr-frac=0.6 --eval-every=225 --eval-tokens=32768 --chatcore-every=-1 --save-every=150 --resume
     stage chat_eval_sft python -m scripts.chat_eval -i sft --model-tag=pocket --max-problems=400 --max-new-tokens=48
     stage chat_rl python -m scripts.chat_rl --run="$run" --seed="$seed" --model-tag=pocket --num-iterations=24 \
         --max-new-tokens=48 --eval-every=24 --eval-examples=400 --eval-samples=4 --save-every=8 --resume

@@ -191,7 +191,7 @@ def main(cfg: Config) -> dict:
     """Train; returns the summary that also ends the record."""
     check(cfg)
     # 1. runtime ------------------------------------------------------------------------------------------------------
-    rt = runtime.start(cfg.device_type, cfg.seed)
+    rt = runtime.start(cfg.device_type, cfg.seed, training=True)
     name = hardware.device_name(rt.device)
     peak = hardware.peak_flops(name, fp8=False)
     # 2. tokenizer and corpus -----------------------------------------------------------------------------------------

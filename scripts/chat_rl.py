@@ -177,7 +177,7 @@ def main(cfg: Config) -> dict:
     """Reinforce; returns the summary that also ends the record."""
     check(cfg)
     # 1. runtime ------------------------------------------------------------------------------------------------------
-    rt = runtime.start(cfg.device_type, cfg.seed)
+    rt = runtime.start(cfg.device_type, cfg.seed, training=True)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
     # 2. model and tokenizer ------------------------------------------------------------------------------------------
     base = checkpoint.load(checkpoint.find("sft", cfg.model_tag or None, off(cfg.model_step)))

@@ -130,7 +130,7 @@ def main(cfg: Config) -> dict:
     if cfg.resume and cfg.resume_from_step >= 0:
         raise UserError("Give --resume or --resume-from-step, not both.")
     # 1. runtime ------------------------------------------------------------------------------------------------------
-    rt = runtime.start(cfg.device_type, cfg.seed)
+    rt = runtime.start(cfg.device_type, cfg.seed, training=True)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
     # 2. model and tokenizer ------------------------------------------------------------------------------------------
     base = checkpoint.load(checkpoint.find("base", cfg.model_tag or None, off(cfg.model_step)))
