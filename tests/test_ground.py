@@ -40,6 +40,14 @@ def test_unknown_dtype_is_one_sentence(monkeypatch):
         runtime.pick_dtype(torch.device("cpu"))
 
 
+def test_a_cpu_trains_in_bf16_only_where_it_multiplies_it_and_answers_in_fp32(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
+    for fast, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(runtime, "cpu_has_fast_bf16", lambda fast=fast: fast)
+        assert runtime.pick_dtype(torch.device("cpu"), training=True)[0] == wanted
+        assert runtime.pick_dtype(torch.device("cpu"))[0] == torch.float32
+
+
 def test_unknown_or_absent_device_is_one_sentence():
     with pytest.raises(UserError, match="unknown"):
         runtime.pick_device("tpu")
