@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nanochat import checkpoint, record
 from nanochat.errors import UserError
-from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft, report, tok_train
+from scripts import base_eval, base_train, bench_text, chat_eval, chat_rl, chat_sft, report, tok_train
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = base_train.Config(
@@ -223,3 +223,10 @@ def test_grouped_heads_are_reachable_from_the_command_line_pitfall_25(here):
 def test_an_unknown_device_has_no_mfu_rather_than_zero_pitfall_25(here):
     rows = record.read(here / "base_checkpoints/tiny/record.jsonl")
     assert all(row["mfu"] is None for row in rows if row["kind"] == "step")
+
+
+def test_bench_text_gives_both_measures_of_a_run(here, tmp_path):
+    out = bench_text.main(
+        bench_text.Config(model_tag="tiny", tokens=1024, rows=4, whole=False, output=str(tmp_path / "a"))
+    )
+    assert 0 < out["published_measure_bpb"] < 10 and out["step"] == 6 and (tmp_path / "a").exists()
