@@ -2,8 +2,8 @@
 
     python -m scripts.bench_text --model-tag=d4 --output=dev/bench/real_text.json
 
-The published measure: crop packing from a buffer of 1,000 documents, one rank, the first --tokens tokens; it sees mostly
-the beginnings of documents. Ours: every token of the validation shard once, on whatever ranks. Run it after base_train.
+The published measure: crop packing from a buffer of 1,000 documents, one rank, the first --tokens tokens; it sees
+mostly the beginnings of documents. Ours: every token of the validation shard once. Run it after base_train.
 """
 
 import dataclasses
