@@ -303,6 +303,6 @@ def compiled(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> t
         return model, f"eager: {problem}"
     with warnings.catch_warnings():  # torch's own imports use what torch deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
-        if runtime.device.type == "cpu":
+        if runtime.device.type == "cpu" and hasattr(model, "compiled"):
             return model.compiled(), "torch.compile, part by part"
         return torch.compile(model, dynamic=False), "torch.compile"

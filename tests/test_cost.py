@@ -54,7 +54,7 @@ def test_closed_form_equals_counting_a_model(config):
 
 @pytest.mark.slow  # for its imports
 def test_flops_agree_with_torchs_counter():
-    """The matmuls of a forward and backward, attention without windows, as torch counts them."""
+    """The matmuls of a forward and backward, attention without windows, as torch counts them (but in-place ones)."""
     config = GPTConfig(sequence_len=64, vocab_size=128, n_layer=3, n_head=2, n_kv_head=2, n_embd=64, window_pattern="L")
 
     def dense(q, k, v, window):  # matmuls that the counter sees
@@ -66,7 +66,7 @@ def test_flops_agree_with_torchs_counter():
     ids = torch.randint(128, (2, 64))
     with FlopCounterMode(display=False) as counter:
         model(ids, ids).backward()
-    assert counter.get_total_flops() / ids.numel() == pytest.approx(cost.flops_per_token(config), rel=0.01)
+    assert counter.get_total_flops() / ids.numel() == pytest.approx(cost.flops_per_token(config), rel=0.02)
 
 
 def test_decoding_reads_only_the_windows():

@@ -11,6 +11,7 @@ from nanochat import attention
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig, norm, rotate
 from nanochat.kernels import loss
+from scripts import bench_model
 
 SMALL = GPTConfig(sequence_len=48, vocab_size=70, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, window_pattern="9,17,L")
 
@@ -444,6 +445,7 @@ def test_it_learns():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracer does it
 def test_the_training_step_compiles_into_one_graph():
     model = build()
     expected = model(tokens(), tokens(seed=2))
@@ -451,3 +453,9 @@ def test_the_training_step_compiles_into_one_graph():
     found = step(tokens(), tokens(seed=2))
     found.backward()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_bench_of_the_model_compares_with_plain_twins(capsys):
+    tiny = bench_model.Config(depth=1, aspect_ratio=16, head_dim=16, vocab_size=64, sequence_len=32, rows=1, turns=1,
+                              compile=False)  # fmt: skip
+    assert bench_model.main(tiny)
