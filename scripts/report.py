@@ -1,6 +1,7 @@
 """Write report.md and report.html of the newest run (or of --model-tag) from its records.
 
 python -m scripts.report
+python -m scripts.report --log=CLAUDE.md     # a row for the newest finished stage in the file's Experiment Log
 """
 
 import dataclasses
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from nanochat import cli, hardware, paths, report, runtime
+from nanochat import checkpoint, cli, hardware, journal, paths, record, report, runtime
+from nanochat.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     model_tag: str = ""  # which run; empty: the newest
     output: str = ""  # folder for report.md and report.html; empty: the artefact folder's report/
+    log: str = ""  # Markdown file whose Experiment Log gets a row for the newest finished stage; no report then
 
 
 def machine() -> dict[str, str]:
@@ -32,8 +35,27 @@ def machine() -> dict[str, str]:
     }
 
 
+def newest_row(tag: str) -> list[str]:
+    """The Experiment Log's cells for the stage that ended last, of this tag or of any."""
+    ended = []
+    for stage in checkpoint.FOLDERS:
+        for path in checkpoint.folder(stage).glob(f"{tag or '*'}/record.jsonl"):
+            rows = record.read(path)
+            times = [row["time"] for row in rows if row["kind"] == "summary" and "seconds" in row]
+            ended += [(times[-1], path.parent.name, stage, rows)] if times else []
+    if not ended:
+        raise UserError(f"No finished run{f' named {tag}' if tag else ''} in {paths.base_dir()}: train first.")
+    _, name, stage, rows = max(ended, key=lambda one: one[0])
+    return journal.row(name, stage, rows)
+
+
 def main(cfg: Config) -> dict:
-    """Write both files; returns their paths and the table of scores."""
+    """Write both files; returns their paths and the table of scores. With --log: append the row and return it."""
+    if cfg.log:
+        row = newest_row(cfg.model_tag)
+        written = journal.append(cfg.log, row)
+        print(f"{cfg.log}: {'added' if written else 'has already'} | {' | '.join(row)} |")
+        return {"row": row, "written": written}
     found = report.collect(paths.base_dir(), cfg.model_tag or None)
     folder = Path(cfg.output) if cfg.output else paths.base_dir() / "report"
     about = machine()
