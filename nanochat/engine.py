@@ -26,10 +26,12 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat import logprobs
 from nanochat.decode import Decoder
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.kvcache import SlotCache
+from nanochat.logprobs import Top
 from nanochat.sampling import Knobs, Sampling, child_seed, sample, uniform
 from nanochat.streaming import StopFinder, TextStream
 from nanochat.tools import ToolState, ToolTokens
@@ -45,15 +47,42 @@ class Completion:
     finish: str  # "stop", "length" or "cancelled"
     stop_token: int | None = None
     logprobs: list[float | None] | None = None  # of `ids` and then of the stop token; None where forced
+    top_logprobs: list[Top | None] | None = None  # as long as `logprobs`; None where forced
+    prompt_logprobs: list[float | None] | None = None  # one a prompt token; the first has none
+    prompt_top_logprobs: list[Top | None] | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # how many of the prompt's tokens were not computed for this reply
 
 
 class Event(NamedTuple):
-    """One token of one sequence. `finished` is None or why it ended; the last token may be the stop token."""
+    """One token of one sequence. `finished` is None or why it ended; the last token may be the stop token.
+
+    A step may bring several of one sequence, in order. logprob and top are as the Sampling asks, None where forced.
+    """
 
     sequence: Sequence
     token: int
     forced: bool
     finished: str | None
+    logprob: float | None = None
+    top: Top | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine is doing, and has done since it was made."""
+
+    running: int  # sequences that get tokens
+    waiting: int  # sequences that wait for room, or whose prompt is being read
+    blocks_used: int  # of the cache, by sequences
+    blocks_free: int  # that a sequence could get, those that hold reusable prefixes included
+    prompt_tokens: int  # submitted
+    cached_tokens: int  # of them, found in the cache
+    generated_tokens: int
+    preemptions: int  # sequences that lost their place to others and were taken up again
+    forwards: int
+    drafted_tokens: int  # proposed by speculation
+    accepted_tokens: int  # of them, right
 
 
 @dataclass
@@ -62,6 +91,7 @@ class _Prompt:
 
     ids: list[int]
     waiting: int  # sequences that have not started
+    law: list[tuple[float, Top]] | None = None  # log probability and alternatives of all tokens but the first
     logits: torch.Tensor | None = None  # (1, V) behind the prompt, kept while others wait
     last: torch.Tensor | None = None  # (C,) the cache's newest embedding at that point
 
@@ -78,6 +108,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[Top | None] = field(default_factory=list)
+    cached: int = 0  # tokens of the prompt that were not computed for it
     finished: str | None = None
     stop_token: int | None = None
     _text: TextStream | None = None
@@ -87,17 +119,24 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.prompt.ids) + len(self.tokens)
 
-    def take(self, token: int, logprob: float | None, limit: int) -> tuple[int, bool]:
-        """Accept this step's sampled token, or the one that a tool forces; sets `finished`. Returns (token, forced)."""
-        tools = self.tools
-        forced = bool(tools is not None and tools.forced)
+    def take(self, token: int, logprob: float | None, top: Top, limit: int) -> Event:
+        """Accept this step's sampled token, or the one that a tool forces; sets `finished`."""
+        forced = bool(self.tools is not None and self.tools.forced)
         if forced:
-            token, logprob = tools.forced.popleft(), None
+            token = self.tools.forced.popleft()
+        logprob = logprob if self.sampling.logprobs and not forced else None
+        alternatives = top[: self.sampling.top_logprobs] if self.sampling.top_logprobs and not forced else None
         if self.sampling.logprobs:
             self.logprobs.append(logprob)
+            self.top_logprobs.append(alternatives)
+        self._append(token, forced, limit)
+        return Event(self, token, forced, self.finished, logprob, alternatives)
+
+    def _append(self, token: int, forced: bool, limit: int) -> None:
+        tools = self.tools
         if not forced and token in self.stop_tokens:
             self.finished, self.stop_token = "stop", token
-            return token, forced
+            return
         self.tokens.append(token)
         self.mask.append(int(not forced))
         if tools is not None:
@@ -106,7 +145,6 @@ class Sequence:
             self.finished = "stop"
         elif len(self.tokens) == self.sampling.max_tokens or len(self) >= limit:
             self.finished = "length"
-        return token, forced
 
     def _stopped(self, token: int) -> bool:
         self._shown += self._stops.feed(self._text.feed(token))
@@ -117,9 +155,20 @@ class Sequence:
         text = tokenizer.decode(self.tokens)
         if self._stops is not None and self._stops.hit:
             text = self._shown
-        logprobs = list(self.logprobs) if self.sampling.logprobs else None
-        finish = self.finished or "cancelled"
-        return Completion(list(self.tokens), list(self.mask), text, finish, self.stop_token, logprobs)
+        sampling, law = self.sampling, self.prompt.law or []
+        return Completion(
+            list(self.tokens),
+            list(self.mask),
+            text,
+            self.finished or "cancelled",
+            self.stop_token,
+            list(self.logprobs) if sampling.logprobs else None,
+            list(self.top_logprobs) if sampling.top_logprobs else None,
+            [None, *(logprob for logprob, _ in law)] if sampling.prompt_logprobs else None,
+            [None, *(top for _, top in law)] if sampling.prompt_logprobs and sampling.top_logprobs else None,
+            len(self.prompt.ids),
+            self.cached,
+        )
 
 
 class Engine:
@@ -147,6 +196,7 @@ class Engine:
         self.frozen, self._stale = frozen, True  # whether the decoder's layout may differ from the weights
         self._decoder = Decoder(model) if isinstance(model, GPT) else None
         self.forwards = 0  # calls of the model so far, for tests and benches
+        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
         self._tools = ToolTokens.of(tokenizer) if tools else None
         self._stop_tokens = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos))
         self._knobs: Knobs | None = None  # of the running rows; None after a change
@@ -163,6 +213,13 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self.running or self.waiting or self.reading)
 
+    def stats(self) -> Stats:
+        """What is going on, and totals."""
+        running, waiting = len(self.running), len(self.waiting) + bool(self.reading)
+        blocks = {"blocks_used": running + bool(self.reading), "blocks_free": self.slots - running}
+        idle = {"preemptions": 0, "drafted_tokens": 0, "accepted_tokens": 0}
+        return Stats(running=running, waiting=waiting, forwards=self.forwards, **blocks, **self._counts, **idle)
+
     def submit(self, ids: list[int], sampling: Sampling | None = None, n: int = 1) -> list[Sequence]:
         """Queue n replies to one prompt. UserError: empty prompt, unknown ids, no room for a reply in the context."""
         sampling = sampling or Sampling()
@@ -172,6 +229,7 @@ class Engine:
         sequences = [self._sequence(prompt, sampling, child_seed(seed, i)) for i in range(n)]
         self._stale = self._stale or not (self.busy or self.frozen)
         self.waiting.extend(sequences)
+        self._counts["prompt_tokens"] += n * len(ids)
         return sequences
 
     def check(self, ids: list[int], n: int = 1) -> None:
@@ -260,11 +318,9 @@ class Engine:
         if not logits:
             return []
         logits = logits[0] if len(logits) == 1 else torch.cat(logits)
-        ids, logprobs = self._sample(logits)
-        events = []
-        for sequence, token, logprob in zip(self.running, ids, logprobs):
-            token, forced = sequence.take(token, logprob, self.max_len)
-            events.append(Event(sequence, token, forced, sequence.finished))
+        drawn = self._sample(logits)
+        events = [sequence.take(*draw, self.max_len) for sequence, *draw in zip(self.running, *drawn)]
+        self._counts["generated_tokens"] += len(events)
         for i in range(len(self.running) - 1, -1, -1):
             if self.running[i].finished:
                 self._leave(i)
@@ -291,16 +347,14 @@ class Engine:
         return self._forward([[sequence.tokens[-1]] for sequence in self.running], 1)
 
     def _sample(self, logits):
-        """(b, V) -> ids and log probabilities as lists: the one copy to the host of a step."""
+        """(b, V) -> ids, log probabilities and alternatives as lists: the one copy to the host of a step."""
         if self._knobs is None:
             self._knobs = Knobs([sequence.sampling for sequence in self.running], self.device)
         u = torch.tensor([uniform(sequence.seed, len(sequence.tokens)) for sequence in self.running])
         ids = sample(logits, self._knobs, u.to(self.device, non_blocking=True))
-        if not any(sequence.sampling.logprobs for sequence in self.running):
-            return ids.tolist(), [None] * len(self.running)
-        chosen = logits.gather(1, ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
-        packed = torch.stack([ids.int(), chosen.float().view(torch.int32)]).cpu()
-        return packed[0].tolist(), packed[1].view(torch.float32).tolist()
+        asked = any(sequence.sampling.logprobs for sequence in self.running)
+        top = max(sequence.sampling.top_logprobs for sequence in self.running)
+        return logprobs.unpack(logprobs.pack(logits, ids, asked, top))
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
@@ -353,10 +407,18 @@ class Engine:
         self.running.append(sequence)
         self._knobs = None
         prompt.waiting -= 1
+        if sequence.sampling.prompt_logprobs and prompt.law is None:
+            self._read_law(sequence)
         if not prompt.waiting:
             prompt.logits = prompt.last = None
         elif prompt.logits is None:
             prompt.logits, prompt.last = logits.clone(), self.cache.newest(len(self.running))
+
+    def _read_law(self, sequence: Sequence) -> None:
+        """The log probabilities of a prompt's tokens."""
+        ids = torch.tensor([sequence.prompt.ids], device=self.device)
+        top = sequence.sampling.top_logprobs
+        sequence.prompt.law = logprobs.of_prompt(self.model(ids)[0, :-1], ids[0, 1:], top) if ids.size(1) > 1 else []
 
     def _holder(self, prompt: _Prompt) -> int | None:
         """The slot of a running sequence with the same prompt."""
@@ -369,6 +431,8 @@ class Engine:
         prompt, slot = sequence.prompt, len(self.running) + 1
         logits = prompt.logits
         self.cache.copy(self._holder(prompt), slot, len(prompt.ids), prompt.last)
+        sequence.cached = len(prompt.ids)
+        self._counts["cached_tokens"] += sequence.cached
         self._join(sequence, logits)
         return logits
 

@@ -20,6 +20,7 @@ from nanochat.errors import refuse
 MIN_TEMPERATURE = 1e-3  # below it the draw is greedy in all but name; keeps logits / temperature finite
 MAX_TEMPERATURE = 100.0
 MAX_STOPS, MAX_STOP_CHARS = 16, 200
+MAX_TOP_LOGPROBS = 20
 
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1  # SplitMix64 (Steele, Lea, Flood 2014)
 
@@ -41,11 +42,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] | None = None
     logprobs: bool = False  # also return the model's own log probability (before any cut) of each token
+    top_logprobs: int = 0  # and those of the so many likeliest tokens at its place; implies logprobs
+    prompt_logprobs: bool = False  # both for the prompt's tokens too (the first has none)
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "top_k", self.top_k or None)
+        object.__setattr__(self, "logprobs", bool(self.logprobs or self.top_logprobs))
         refuse(self._problems())
 
     def _problems(self) -> list[str]:
@@ -56,6 +60,7 @@ class Sampling:
             ("min_p", self.min_p is None or (_real(self.min_p) and 0 <= self.min_p <= 1), "0 to 1"),
             ("seed", self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**63), "0 to 2**63 - 1"),
             ("max_tokens", self.max_tokens is None or (_whole(self.max_tokens) and self.max_tokens >= 1), "at least 1"),
+            ("top_logprobs", _whole(self.top_logprobs) and 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "0 to 20"),
         )
         problems = [f"{name} is {getattr(self, name)}, but must be {range_}." for name, ok, range_ in rules if not ok]
         stops_ok = all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARS for s in self.stop)

@@ -312,3 +312,56 @@ def test_replies_equal_the_naive_ones_on_cuda():
     for ids, [reply] in zip(prompts, Engine(model, TOKENIZER, slots=2, prefill_tokens=16).complete(prompts, GREEDY)):
         check_greedy(model.cpu(), ids, reply.ids, reply.logprobs)
         model.cuda()
+
+
+# -- log probabilities and counts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_log_probabilities_and_alternatives_of_prompt_and_reply(chunk):
+    ids, ask = prompt(12), Sampling(seed=5, max_tokens=4, stop_tokens=(), top_logprobs=3, prompt_logprobs=True)
+    engine = Engine(MODEL, TOKENIZER, prefill_tokens=chunk)
+    for reply in engine.complete([ids], ask, n=2)[0]:
+        with torch.no_grad():
+            law = MODEL(torch.tensor([ids + reply.ids]))[0, :-1].log_softmax(-1)  # (T, V)
+        best = law.topk(3)
+        said = reply.prompt_logprobs[1:] + reply.logprobs
+        chosen = law.gather(1, torch.tensor(ids[1:] + reply.ids).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(said), chosen, atol=1e-4, rtol=0)
+        tops = reply.prompt_top_logprobs[1:] + reply.top_logprobs
+        assert [[token for token, _ in top] for top in tops] == best.indices.tolist()
+        torch.testing.assert_close(torch.tensor([[p for _, p in top] for top in tops]), best.values, atol=1e-4, rtol=0)
+        assert reply.prompt_logprobs[0] is reply.prompt_top_logprobs[0] is None
+
+
+def test_log_probabilities_come_only_where_asked_for():
+    engine = Engine(MODEL, TOKENIZER)
+    asked, plain = Sampling(temperature=0, max_tokens=3, stop_tokens=(), top_logprobs=2), Sampling(max_tokens=3)
+    [first], [second] = engine.submit(prompt(4), asked), engine.submit(prompt(5), plain)
+    events = [event for _ in range(3) for event in engine.step()]
+    assert all((event.top is None) == (event.sequence is second) for event in events)
+    assert [len(event.top) for event in events if event.sequence is first] == [2, 2, 2]
+    reply = second.completion(TOKENIZER)
+    assert reply.logprobs is reply.top_logprobs is reply.prompt_logprobs is None and first.logprobs[0] < 0
+
+
+def test_a_forced_token_has_no_log_probability():
+    _, reply = scripted("«1+1»xxx.", max_tokens=50, top_logprobs=1)
+    assert [p is None for p in reply.logprobs] == [t is None for t in reply.top_logprobs]
+    assert [p is None for p in reply.logprobs] == [False] * 5 + [True] * 3 + [False]
+
+
+def test_the_counts_add_up():
+    engine = Engine(MODEL, TOKENIZER, slots=3)
+    [replies] = engine.complete([prompt(20)], Sampling(max_tokens=5, stop_tokens=(), seed=1), n=3)
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.forwards) == (60, 15, engine.forwards)
+    assert stats.running == stats.waiting == stats.blocks_used == 0 < stats.blocks_free
+    assert [reply.prompt_tokens for reply in replies] == [20] * 3
+    assert stats.cached_tokens == sum(reply.cached_tokens for reply in replies) > 0
+
+
+@pytest.mark.parametrize("top", [-1, 21, 1.5])
+def test_too_many_alternatives_are_refused(top):
+    with pytest.raises(UserError, match="top_logprobs"):
+        Sampling(top_logprobs=top)

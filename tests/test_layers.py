@@ -18,7 +18,7 @@ LAYERS = [
     {"optim", "schedule", "scaling", "train"},
     {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "resume"},
-    {"sampling", "tools", "streaming", "kvcache", "decode", "engine", "sandbox", "execution"},
+    {"sampling", "logprobs", "tools", "streaming", "kvcache", "decode", "engine", "sandbox", "execution"},
     {"loss_eval", "core_eval", "chat_eval", "samples", "report", "journal"},
     {"serve"},
 ]
