@@ -21,6 +21,7 @@ import numpy as np
 
 from nanochat.errors import UserError
 from nanochat.packing import Entry, Packer, Piece
+from nanochat.prefetch import Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class RowStream:
         if state is not None:
             self._restore(state)
 
-    def fill(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], dict] | None:
+    def fill(self, inputs: np.ndarray, targets: np.ndarray) -> Note | None:
         """Write the next B rows, (B, T) each; returns what gives the state behind them, None if there is no row left.
 
         When only some rows are left the others are filled up and ignored.
@@ -152,10 +153,11 @@ class RowStream:
         past_limit = self.limit is not None and self.rows >= self.limit
         return past_limit or all(lane.ended for lane in self.mine.values())
 
-    def note(self) -> Callable[[], dict]:
-        """A function that writes the state of this moment as JSON, to go on from here."""
+    def note(self) -> Note:
+        """What writes the state of this moment as JSON, to go on from here."""
         lanes = {str(index): lane.note() for index, lane in self.mine.items()}
-        return partial(_stream_state, self.about, self.rows, lanes)
+        where = max((p["epoch"], p.get("shard", 0)) for p in (lane.source.position for lane in self.mine.values()))
+        return Note(partial(_stream_state, self.about, self.rows, lanes), *where)
 
     def _restore(self, state: dict) -> None:
         missing = [str(index) for index in self.mine if str(index) not in state["lanes"]]

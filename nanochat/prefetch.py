@@ -20,7 +20,20 @@ import torch
 PATIENCE = 30.0  # seconds without a batch after which the consumer is told, again and again
 log = logging.getLogger(__name__)
 
-Note = Callable[[], dict]  # gives a state
+
+
+@dataclass(frozen=True)
+class Note:
+    """Where the loader stands behind a batch: cheap to make for each, its state is written only when called."""
+
+    write: Callable[[], dict]
+    epoch: int = 1
+    shard: int = 0  # in the corpus' order; the furthest of this rank's lanes
+
+    def __call__(self) -> dict:
+        return self.write()
+
+
 Fill = Callable[[np.ndarray, np.ndarray], Note | None]  # writes inputs and targets; returns None at the end
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanochat.errors import UserError
+from nanochat.errors import Stopped, UserError
 
 
 def plain(value: Any) -> Any:
@@ -98,6 +98,14 @@ class Record:
         """Print on rank 0."""
         if self.main:
             print(text, flush=True)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _trace: Any) -> None:
+        """An error that ends the run becomes its last row, so that whoever reads the record knows why it ends."""
+        if error is not None and not isinstance(error, Stopped):
+            self.event("failed", error=type(error).__name__, message=str(error)[:2000])
 
     def close(self, **summary: Any) -> None:
         """Append the summary row and let wandb go."""

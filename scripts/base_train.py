@@ -232,7 +232,7 @@ def main(cfg: Config) -> dict:
         corpus, tokenizer, "train", rows=plan.device_batch_size, seq_len=cfg.max_seq_len, rank=rt.rank, world=rt.world,
         device=rt.device, mode=cfg.packing, state=loader_state,
     )  # fmt: skip
-    with contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
+    with log, contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
         batch = None
         for step in range(start, plan.iterations + 1):
             last, signum = step == plan.iterations, stop.agreed(rt)
@@ -281,6 +281,7 @@ def main(cfg: Config) -> dict:
             log.step(
                 step, line(step, plan, meter, lr_mult, seconds, used), loss=loss, smooth_loss=meter.loss, lr=lr_mult,
                 grad_norm=norm, seconds=seconds, tokens_per_second=plan.batch / seconds, mfu=used, tokens=meter.tokens,
+                epoch=batch.note.epoch, shard=batch.note.shard,
             )  # fmt: skip
             calm()
     # 6. summary ------------------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def main(cfg: Config) -> dict:
         "stage": "rl", "config": base.meta["config"], "plan": base.meta["plan"], "user_config": dataclasses.asdict(cfg),
         "tokenizer": tokenizer.fingerprint, "dataset": base.meta["dataset"],
     }  # fmt: skip
-    with train.StopSignal() as stop:
+    with log, train.StopSignal() as stop:
         for step in range(start, steps + 1):
             last, signum = step == steps, stop.agreed(rt)
             if signum or ((last or train.due(step, off(cfg.save_every))) and not (found and step == start)):

@@ -173,7 +173,7 @@ def main(cfg: Config) -> dict:
         data, tokenizer, rows=size["rows"], seq_len=size["seq_len"], rank=rt.rank, world=rt.world, device=rt.device,
         seed=cfg.seed, state=loader_state,
     )  # fmt: skip
-    with contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
+    with log, contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
         step, position = start, loader_state
         while True:
             done = progress(cfg, step, position, len(data))
@@ -220,7 +220,7 @@ def main(cfg: Config) -> dict:
                 f"{1000 * seconds:6.0f} ms | {meter.seconds / 60:.1f} min"
             )
             log.step(step, console, loss=loss, smooth_loss=meter.loss, lr=lr_mult, grad_norm=norm, seconds=seconds,
-                     tokens_per_second=size["batch"] / seconds, targets=tokens)  # fmt: skip
+                     tokens_per_second=size["batch"] / seconds, targets=tokens, epoch=batches[-1].note.epoch)  # fmt: skip
             calm()
             step += 1
     # 6. summary ------------------------------------------------------------------------------------------------------

@@ -164,6 +164,15 @@ def test_the_state_is_small_and_readable(corpus, tokenizer):
     assert len(json.dumps(state)) < 60 * 1024
 
 
+def test_a_batch_says_cheaply_which_epoch_and_shard_it_came_from(corpus, tokenizer):
+    with pretrain_loader(corpus, tokenizer, rows=4, seq_len=32, prefetch=0) as loader:
+        seen = [(b.note.epoch, b.note.shard, b) for b in itertools.islice(loader, 300)]
+    assert [s[:2] for s in seen] == sorted(s[:2] for s in seen) and len({s[:2] for s in seen}) > 2
+    for epoch, shard, batch in seen[::100]:
+        ends = [lane["position"] for lane in batch.state["lanes"].values()]
+        assert (epoch, shard) == max((end["epoch"], end["shard"]) for end in ends)
+
+
 def test_shards_added_later_do_not_shift_a_run_under_way_pitfall_11(corpus, tokenizer, tmp_path):
     whole = take(train(corpus, tokenizer), 40)
     make_folder(tmp_path / "more", shards=1)

@@ -79,6 +79,17 @@ def test_record_rows_survive_a_resume_and_a_torn_line(tmp_path):
     json.loads(path.read_text().splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_a_record_tells_why_a_run_ended_but_not_that_it_was_asked_to_stop(tmp_path):
+    path = tmp_path / "record.jsonl"
+    with pytest.raises(UserError), record.Record(path, stage="base", config={}):
+        raise UserError("Step 7: the loss is nan.")
+    last = record.read(path)[-1]
+    assert (last["kind"], last["error"], last["message"]) == ("failed", "UserError", "Step 7: the loss is nan.")
+    with pytest.raises(Stopped), record.Record(path, stage="base", config={}):
+        raise Stopped(15, "saved")
+    assert [row["kind"] for row in record.read(path)] == ["start"]
+
+
 def test_wandb_works_offline_without_an_account_pitfall_46(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
