@@ -21,7 +21,6 @@ PATIENCE = 30.0  # seconds without a batch after which the consumer is told, aga
 log = logging.getLogger(__name__)
 
 
-
 @dataclass(frozen=True)
 class Note:
     """Where the loader stands behind a batch: cheap to make for each, its state is written only when called."""

@@ -220,7 +220,8 @@ def main(cfg: Config) -> dict:
                 f"{1000 * seconds:6.0f} ms | {meter.seconds / 60:.1f} min"
             )
             log.step(step, console, loss=loss, smooth_loss=meter.loss, lr=lr_mult, grad_norm=norm, seconds=seconds,
-                     tokens_per_second=size["batch"] / seconds, targets=tokens, epoch=batches[-1].note.epoch)  # fmt: skip
+                     tokens_per_second=size["batch"] / seconds, targets=tokens,
+                     epoch=batches[-1].note.epoch)  # fmt: skip
             calm()
             step += 1
     # 6. summary ------------------------------------------------------------------------------------------------------
