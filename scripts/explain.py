@@ -49,21 +49,19 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Project:
-    """What there is to explain: modules by dotted name, what each imports of ours, and the tests (text and tree)."""
+    """What there is to explain: modules by dotted name, the tests by path, and what each of both imports of ours."""
 
     modules: dict[str, Source]
-    imports: dict[str, list[str]]
     tests: dict[str, Source]
+    imports: dict[str, list[str]]  # of a module by its name, of a test by its path
 
 
 def read(root: Path = ROOT) -> Project:
     """The project's sources as they are now; empty package files are left out."""
     files = [path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py"))]
     known = {source.name: source for path in files if (source := parse(path, root)).tree.body}
-    tests = [parse(path, root) for path in sorted((root / "tests").glob("test_*.py"))]
-    return Project(
-        known, {name: imports(source, known) for name, source in known.items()}, {test.path: test for test in tests}
-    )
+    tests = {test.path: test for path in sorted((root / "tests").glob("test_*.py")) for test in [parse(path, root)]}
+    return Project(known, tests, {name: imports(source, known) for name, source in (known | tests).items()})
 
 
 def parse(path: Path, root: Path) -> Source:
@@ -197,11 +195,10 @@ def fields(node: ast.ClassDef, text: str) -> list[str]:
 
 def tests_of(source: Source, project: Project) -> list[tuple[str, list[str]]]:
     """(test file, tests) of the files that import the module: all of the one named after it, else those that use it."""
-    parent, stem = source.name.rpartition(".")[::2]
+    stem = source.name.split(".")[-1]
     out = []
     for path, test in project.tests.items():
-        together = rf"from {re.escape(parent)} import (?:[^\n(]*|\([^)]*)\b{stem}\b|\b{re.escape(source.name)}\b"
-        if not re.search(together, test.text):
+        if source.name not in project.imports[path]:
             continue
         own = [n for n in test.tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
         if path != f"tests/test_{stem}.py":
@@ -224,7 +221,7 @@ def through(source: Source, project: Project) -> list[str]:
     """The nearest modules above it that tests import, and the first of those tests."""
     seen, level = {source.name}, [source.name]
     while level:
-        level = [n for n, below in project.imports.items() if n not in seen and set(level) & set(below)]
+        level = [n for n in project.modules if n not in seen and set(level) & set(project.imports[n])]
         seen |= set(level)
         users = [project.modules[name] for name in level]
         tested = [f"- through {user.path}: {found[0][0]}" for user in users if (found := tests_of(user, project))]
@@ -261,7 +258,7 @@ def definitions(source: Source) -> list[str]:
 def explain(source: Source, project: Project) -> str:
     """The whole explanation of a module, as Markdown."""
     below = project.imports[source.name]
-    above = [name for name, names in project.imports.items() if source.name in names]
+    above = [name for name in project.modules if source.name in project.imports[name]]
     out = [f"# {source.path}", "", ast.get_docstring(source.tree) or "(no docstring)", "", "## Who imports whom", ""]
     out += ["```", diagram(source.name, below, above), "```"]
     if rows := constants(source):
