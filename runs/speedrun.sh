@@ -33,10 +33,10 @@ pocket() {
     # 128 wide, because a small model that reads more beats a larger one that reads less in the same minutes; rates twice
     # the defaults, because batches are small and the run is short (dev/LOG.md).
     local seed="${SEED:-42}"
-    stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size=4096 --max-chars=6000000
+    stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size=2048 --max-chars=6000000
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
         --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=16 \
-        --total-batch-size=4096 --num-iterations=900 --matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.012 \
+        --total-batch-size=4096 --num-iterations=1200 --compile=off --matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.012 \
         --eval-every=225 --eval-tokens=32768 --core-metric-every=-1 --sample-every=450 --save-every=150 --resume
     stage base_eval python -m scripts.base_eval --model-tag=pocket --eval=bpb,sample --split-tokens=65536
     stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket --num-iterations=450 \

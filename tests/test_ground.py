@@ -48,6 +48,18 @@ def test_a_cpu_trains_in_bf16_only_where_it_multiplies_it_and_answers_in_fp32(mo
         assert runtime.pick_dtype(torch.device("cpu"))[0] == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("amx", "dots", "vendor", "fast"),
+    [(True, True, "GenuineIntel", True), (False, True, "GenuineIntel", False), (False, True, "AuthenticAMD", True),
+     (False, False, "AuthenticAMD", False), (False, True, "", True)],
+)  # fmt: skip
+def test_bf16_is_fast_with_amx_or_with_dot_products_that_are_not_intels(monkeypatch, amx, dots, vendor, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dots, raising=False)
+    monkeypatch.setattr(runtime, "cpu_vendor", lambda: vendor)
+    assert runtime.cpu_has_fast_bf16() is fast
+
+
 def test_unknown_or_absent_device_is_one_sentence():
     with pytest.raises(UserError, match="unknown"):
         runtime.pick_device("tpu")

@@ -48,7 +48,8 @@ def test_a_wrong_document_is_refused(split, i):
 
 
 def test_documents_are_rich_and_of_ordinary_length(train):
-    words = Counter(word for text in train for word in re.findall(r"[a-z]+(?:['-][a-z]+)*", text.lower()))
+    more = [documents.document("train", i) for i in range(4000, 8000)]  # a pocket run reads about 40,000
+    words = {word for text in train + more for word in re.findall(r"[a-z]+(?:['-][a-z]+)*", text.lower())}
     assert len(words) > 3000
     lengths = [len(text.split()) for text in train]
     assert 60 < sum(lengths) / len(lengths) < 130 and max(lengths) < 300
@@ -396,6 +397,23 @@ def test_a_colour_that_changes_without_cause_is_found():
 )
 def test_a_story_that_contradicts_itself_is_found(text):
     assert check.problems(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "sound"),
+    [
+        ("What is the opposite of unlucky? Lucky and unlucky are opposites.", True),
+        ("What is the opposite of unlucky? Lucky and happy are opposites.", False),
+        ("What is the opposite of inside? Outside is the opposite of inside.", True),
+        ('"What is a kind of bird?" asked Anna. "A penguin," said Tom.', True),
+        ('"What is a kind of bird?" asked Anna. "A penguin is a kind of bird," answered Tom.', True),
+        ('"What is a kind of bird?" asked Anna. "A cow," said Tom.', False),
+        ("Question: What is a kind of bird?\nAnswer: A penguin.", True),
+        ("Question: Which one is a kind of bird? Answer: A cow.", False),
+    ],
+)
+def test_an_exchange_may_answer_in_any_sound_form(text, sound):
+    assert (not check.problems(text)) is sound, check.problems(text)
 
 
 @pytest.mark.parametrize(

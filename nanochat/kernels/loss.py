@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 IGNORE = -1  # a target that is not scored
 CHUNK = 1024  # rows a chunk: 1024 x 32768 fp32 logits are 128 MiB
+CPU_CHUNK = 256  # on a CPU: 256 x 4096 are 4 MiB, near a core's cache (1.3 times as fast as 1024, eagerly, 2 cores)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -45,16 +46,14 @@ def _count(targets: torch.Tensor) -> torch.Tensor:
 def score_chunk(rows, weight, target, vocab, cap):
     """A chunk: rows (n, C), weight (Vpadded, C), target (n,) -> (losses (n,), gradients by the uncapped logits)."""
     z = F.linear(rows, weight)
-    column = torch.arange(z.size(1), device=z.device)
-    tanh = torch.tanh(z.to(_wide(z.dtype)) / cap)  # (n, Vpadded)
+    tanh = z.to(_wide(z.dtype)).div_(cap).tanh_()  # (n, Vpadded); in place: eagerly, memory is the cost
     scored, index = (target != IGNORE).unsqueeze(1), target.clamp(min=0).unsqueeze(1)  # (n, 1)
-    weights = torch.exp(cap * tanh)
-    if vocab < z.size(1):
-        weights = torch.where(column < vocab, weights, 0.0)
+    weights = (cap * tanh).exp_()
+    weights[:, vocab:] = 0.0
     total = weights.sum(-1, keepdim=True)  # (n, 1)
     loss = torch.where(scored, total.log() - cap * tanh.gather(1, index), 0.0).squeeze(1)
-    grad = (weights / total - (column == index).to(tanh.dtype)) * (1 - tanh * tanh)
-    return loss, torch.where(scored, grad, 0.0).to(rows.dtype)
+    grad = weights.mul_(scored / total).scatter_add_(1, index, -scored.to(tanh.dtype))
+    return loss, grad.mul_(tanh.square_().neg_().add_(1)).to(rows.dtype)
 
 
 def _add_product(total, a, b):
@@ -117,9 +116,10 @@ def linear_cross_entropy(
 
     "mean" (over the scored targets; 0 when there is none) and "sum" make the gradient in the forward; "none" gives
     (N,), 0 where ignored, and recomputes each chunk in the backward. At most chunk x V logits are alive.
-    chunk: rows a chunk, None for CHUNK. score: a compiled `score_chunk`.
+    chunk: rows a chunk, None for CHUNK or CPU_CHUNK. score: a compiled `score_chunk`.
     """
-    arguments = (hidden, weight, targets, vocab, cap, chunk or CHUNK)
+    chunk = chunk or (CPU_CHUNK if hidden.device.type == "cpu" else CHUNK)
+    arguments = (hidden, weight, targets, vocab, cap, chunk)
     if not torch.is_grad_enabled():
         losses = _per_row(*arguments)
     elif reduction == "none":

@@ -205,13 +205,13 @@ def scenes(split: str, rng: Random) -> str:
     lines = []
     for _ in range(6 + below(4, rng)):
         place = pick(chosen, rng)
-        v, v2, v3 = rng.sample(world.scenes()[place][1], 3)
-        kind = pick(("scene", "scene_one", "scene_two", "not_scene"), rng)
+        v, v2 = rng.sample(world.scenes()[place][1], 2)
+        kind = pick(("scene_one", "scene_one", "scene_one", "scene", "scene_two", "not_scene"), rng)
         if kind == "not_scene":
             v2 = pick(world.scenes()[pick(places, rng)][1], rng)
             if v2 in world.scenes()[place][1] or not _ours(split, place, v2):
                 kind = "scene_one"
-        env = _env(rng) | {"P": place, "v": v, "v2": v2, "v3": v3}
+        env = _env(rng) | {"P": place, "v": v, "v2": v2}
         lines.append(grammar.realise(f"{kind}.s", env, rng))
     return " ".join(lines)
 

@@ -258,4 +258,4 @@ def _questions(plot: Plot, teller: Teller) -> list[str]:
     asked = list(plot.questions)
     teller.rng.shuffle(asked)
     steps = [step for step in _chosen(tuple(asked), teller) if teller.may_ask(*step[:2])]
-    return [teller.tell([step]) for step in steps[: int(teller.rng.random() * 4)]]
+    return [teller.tell([step]) for step in steps[: int(teller.rng.random() * 3)]]
