@@ -150,8 +150,8 @@ def pick_dtype(device: torch.device, training: bool = False) -> tuple[torch.dtyp
 def cpu_has_fast_bf16() -> bool:
     """Does the processor multiply bf16 faster than fp32: by AMX, or by AVX512-BF16 on AMD?
 
-    Measured, GFLOP/s of one core: Zen 4 bf16 186, fp32 66; Intel Xeon with AVX512-BF16 but no AMX bf16 84, fp32 160 (its
-    dot products have one port, its fp32 multiply-adds two). Without bf16 instructions it is 2 to 4 times slower.
+    Measured, GFLOP/s of one core: Zen 4 bf16 186, fp32 66; Intel Xeon with AVX512-BF16 but no AMX bf16 84, fp32 160
+    (its dot products have one port, its fp32 multiply-adds two). Without bf16 instructions it is 2 to 4 times slower.
     """
     has = {name: getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("amx_tile", "avx512_bf16")}
     return has["amx_tile"] or has["avx512_bf16"] and cpu_vendor() != "GenuineIntel"
