@@ -5,10 +5,10 @@ matrix learns at the same rate. Everything else is moved by AdamW. The model say
 this file how it moves. `muon_reference` and `adamw_reference` are the rules in plain form, one tensor at a time, and
 define correct; `MuonAdamW` does the same stacked by shape and sharded over ranks.
 
-Distribution: gradients are averaged inside `reduce()`. Muon's matrices of one shape form a stack (K, m, n) that is
-split over the ranks by whole matrices; an AdamW tensor is split as one flat vector (n,), whatever its shape. Any world
-size works: the last chunks are short or empty. Each rank keeps the state of its chunk only (ZeRO-1, arXiv 1910.02054);
-`state()` gives whole tensors by parameter name, so a checkpoint fits any world.
+Distribution: parameters lie in banks (nanochat/banks.py), Muon's matrices of one shape as a stack (K, m, n) of which
+every rank owns whole matrices, all that AdamW moves as one flat vector (n,) cut into equal parts. Gradients are summed
+to their owners while the backward pass runs, an owner keeps the state of its part only and sends the new values to all.
+Any world size works; `state()` gives whole tensors by parameter name, so a checkpoint fits any world.
 
 Shape letters: K matrices of one shape m x n; s = min(m, n).
 """
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
 
+from nanochat.banks import ALIGN, Bank, Reducer, deal, offsets
 from nanochat.errors import refuse
 from nanochat.runtime import Runtime
 
@@ -46,10 +47,10 @@ class AdamRule(NamedTuple):
     eps: float = 1e-10
 
 
-ADAM_RULES = {  # published, tuned at depth 12 to 24
+ADAM_RULES = {  # published, tuned at depth 12 to 24; in the order in which a backward pass comes to them
     "head": AdamRule(0.8, 0.96, 0.01),
-    "embedding": AdamRule(0.8, 0.995, 0.001),
     "value_embedding": AdamRule(0.8, 0.995, 0.01),
+    "embedding": AdamRule(0.8, 0.995, 0.001),
     "resid": AdamRule(0.8, 0.95, 0.05),
     "x0": AdamRule(0.96, 0.95, 0.0),
     "smear_backout": AdamRule(0.8, 0.95, 0.0),
@@ -163,159 +164,124 @@ def cautious_(p, update, lr, weight_decay) -> None:
 # --- who owns what ------------------------------------------------------------------------------------------------
 
 
-def padded(x: torch.Tensor, length: int) -> torch.Tensor:  # (n, ...) -> (length, ...), zeros at the end
-    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])]) if len(x) < length else x
+def muon_cost(rows: int, cols: int) -> float:
+    """FLOPs of a Muon step of one matrix, by its polar products: 20 s^2 l + 10 s^3."""
+    short, long = sorted((rows, cols))
+    return 20.0 * short**2 * long + 10.0 * short**3
 
 
-class Split:
-    """A first dimension of n cut into `world` equal chunks, the last ones short or empty; [lo, hi) is this rank's."""
+class MuonBank(Bank):
+    """K block matrices of one shape as a stack (K, m, n); this rank moves the k of them that it owns."""
 
-    def __init__(self, n: int, runtime: Runtime):
-        self.n, self.world = n, runtime.world
-        self.chunk = -(-n // runtime.world)
-        self.lo = min(runtime.rank * self.chunk, n)
-        self.hi = min(self.lo + self.chunk, n)
-
-    def scatter(self, full: torch.Tensor):  # (n, ...) on each rank -> (chunk, ...) sum over ranks
-        """Start the reduction; returns the tensor to be filled and what to wait for (None in a world of one)."""
-        if self.world == 1:
-            return full, None
-        part = full.new_empty(self.chunk, *full.shape[1:])
-        return part, dist.reduce_scatter_tensor(part, padded(full, self.chunk * self.world), async_op=True)
-
-    def gather(self, part: torch.Tensor):  # (hi - lo, ...) -> (chunk * world, ...), of which the first n count
-        """Start the collection of every rank's part; returns as `scatter`."""
-        if self.world == 1:
-            return part, None
-        full = part.new_empty(self.chunk * self.world, *part.shape[1:])
-        return full, dist.all_gather_into_tensor(full, padded(part, self.chunk), async_op=True)
-
-    def whole(self, part: torch.Tensor) -> torch.Tensor:  # (hi - lo, ...) -> (n, ...)
-        full, work = self.gather(part)
-        if work is not None:
-            work.wait()
-        return full[: self.n]
-
-
-class Group:
-    """Tensors reduced, moved and gathered together; `grad` is this rank's averaged part between reduce and step."""
-
-    def __init__(self, named: list[tuple[str, torch.Tensor]], lr: float, split: Split):
-        self.names = [name for name, _ in named]
-        self.params = [p for _, p in named]
-        self.lr, self.split = lr, split
-        self.grad = self.full = self.work = None
-
-    def launch(self) -> None:
-        """Start averaging the gradients over the ranks; a missing gradient counts as zero."""
-        full = self.collect([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
-        self.grad, self.work = self.split.scatter(full)
-
-    def wait(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-        self.work = None
-
-    def settle(self, factor: float) -> torch.Tensor:
-        """Wait for the sum, multiply it by `factor`; returns the norm of this rank's part."""
-        self.wait()
-        self.grad = self.grad[: self.split.hi - self.split.lo]
-        if factor != 1.0:
-            self.grad.mul_(factor)
-        return torch.linalg.vector_norm(self.grad)
-
-    def release(self) -> None:
-        """Wait for the new values of all ranks' parts and put them in place."""
-        self.wait()
-        self.spread(self.full)
-        self.grad = self.full = None
-
-
-class MuonGroup(Group):
-    """K block matrices of one shape, split over the ranks by whole matrices."""
-
-    def __init__(self, named, lr, runtime, dtype):
-        super().__init__(named, lr, Split(len(named), runtime))
-        self.dtype = dtype
-        p, count = self.params[0], self.split.hi - self.split.lo
-        rows, cols = p.shape
+    def __init__(self, named, lr: float, shares: list[int], runtime: Runtime, dtype):
+        size = named[0][1].numel()
+        super().__init__(named, offsets([share * size for share in shares], 1), runtime)
+        self.lr, self.dtype = lr, dtype
+        shape = self.params[0].shape
+        rows, cols = shape
+        first = self.lo // size
+        self.own = range(first, self.hi // size)
+        stack = lambda flat: flat[self.lo : self.hi].view(-1, *shape)  # (k, m, n)
+        self.values_own, self.grads_own = stack(self.values), stack(self.grads)
         self.moments = {
-            "momentum": p.new_zeros(count, rows, cols),
-            "second": p.new_zeros(count, rows, 1) if rows >= cols else p.new_zeros(count, 1, cols),
+            "momentum": torch.zeros_like(self.values_own),
+            "second": self.values.new_zeros(len(self.own), *((rows, 1) if rows >= cols else (1, cols))),
         }
 
-    def collect(self, grads):  # K of (m, n) -> (K, m, n), a copy
-        return torch.stack(grads)
+    def gradients(self) -> list[torch.Tensor]:
+        """This rank's part of the gradient, summed over the ranks."""
+        return [self.grads_own] if len(self.own) else []
 
     def update(self, lr_mult: float, momentum: float, weight_decay: float, t: int) -> None:
-        own, values = self.params[self.split.lo : self.split.hi], self.grad
-        if own:
-            direction = muon_update(self.grad, *self.moments.values(), momentum, dtype=self.dtype)
-            values = torch.stack([p.data for p in own])
-            cautious_(values, direction, self.lr * lr_mult, weight_decay)
-        self.full, self.work = self.split.gather(values)
-
-    def spread(self, values):  # (>= K, m, n)
-        torch._foreach_copy_([p.data for p in self.params], list(values[: len(self.params)].unbind(0)))
+        if len(self.own):
+            direction = muon_update(self.grads_own, *self.moments.values(), momentum, dtype=self.dtype)
+            cautious_(self.values_own, direction, self.lr * lr_mult, weight_decay)
 
     def state(self):
-        """(name, moment, whole tensor) of every matrix; collective."""
-        for kind, part in self.moments.items():
-            for name, whole in zip(self.names, self.split.whole(part), strict=True):
-                yield f"{name}.{kind}", whole
+        """(name, whole tensor) of every moment of every matrix; collective."""
+        for owner, i, _, _ in self.parts():
+            for kind, stack in self.moments.items():
+                mine = i in self.own
+                tensor = stack[i - self.own.start] if mine else stack.new_empty(stack.shape[1:])
+                yield f"{self.names[i]}.{kind}", send(tensor, owner, self.runtime)
 
     def load(self, state):
-        for kind, part in self.moments.items():
-            for own, name in zip(part, self.names[self.split.lo : self.split.hi], strict=True):
-                own.copy_(state[f"{name}.{kind}"])
+        for kind, stack in self.moments.items():
+            for i, moment in zip(self.own, stack, strict=True):
+                moment.copy_(state[f"{self.names[i]}.{kind}"])
 
     def shapes(self):
-        return {f"{name}.{kind}": part.shape[1:] for kind, part in self.moments.items() for name in self.names}
+        return {f"{name}.{kind}": stack.shape[1:] for kind, stack in self.moments.items() for name in self.names}
 
 
-class AdamGroup(Group):
-    """One tensor of any shape, split over the ranks as a flat vector (n,)."""
+class AdamBank(Bank):
+    """Tensors of any shape as one flat vector, each rank's part of it an equal stretch, whatever tensors it cuts."""
 
-    def __init__(self, named, lr, runtime, rule: AdamRule):
-        super().__init__(named, lr, Split(named[0][1].numel(), runtime))
-        self.rule, (self.param,) = rule, self.params
-        count = self.split.hi - self.split.lo
-        self.moments = {"exp_avg": self.param.new_zeros(count), "exp_avg_sq": self.param.new_zeros(count)}
-        self.steps = torch.zeros((), dtype=torch.float32, device=self.param.device)
+    def __init__(self, named, rates: list[float], rules: list[AdamRule], runtime: Runtime):
+        total = offsets([p.numel() for _, p in named], ALIGN)[-1]
+        chunk = -(-total // (ALIGN * runtime.world)) * ALIGN
+        cuts = [min(rank * chunk, total) for rank in range(runtime.world + 1)]
+        super().__init__(named, cuts, runtime, align=ALIGN, grads=runtime.world > 1)
+        self.rates, self.rules = rates, rules
+        self.own = [(i, a, b) for owner, i, a, b in self.parts() if owner == runtime.rank]
+        fresh = lambda: [self.values.new_zeros(b - a) for _, a, b in self.own]
+        self.moments = {"exp_avg": fresh(), "exp_avg_sq": fresh()}
+        self.steps = torch.zeros((), dtype=torch.float32, device=self.values.device)
 
-    def collect(self, grads):
-        return grads[0].reshape(-1)
+    def gradients(self) -> list[torch.Tensor]:
+        """This rank's parts of the gradients, summed over the ranks."""
+        for i in {i for i, _, _ in self.own}:
+            if self.params[i].grad is None:
+                self.params[i].grad = torch.zeros_like(self.params[i])
+        return [self.params[i].grad.view(-1)[a:b] for i, a, b in self.own]
 
     def update(self, lr_mult: float, momentum: float, weight_decay: float, t: int) -> None:
-        own = self.param.data.view(-1)[self.split.lo : self.split.hi]
-        if own.numel():
+        for (i, a, b), grad, *moments in zip(self.own, self.gradients(), *self.moments.values(), strict=True):
             adamw(
-                [own], [self.grad], *([moment] for moment in self.moments.values()), [], [self.steps.fill_(t - 1)],
-                lr=self.lr * lr_mult, **self.rule._asdict(), fused=True, amsgrad=False, maximize=False,
+                [self.params[i].data.view(-1)[a:b]], [grad], *([moment] for moment in moments), [],
+                [self.steps.fill_(t - 1)], lr=self.rates[i] * lr_mult, **self.rules[i]._asdict(), fused=True,
+                amsgrad=False, maximize=False,
             )  # fmt: skip
-        self.full, self.work = self.split.gather(own)
-
-    def spread(self, values):  # (>= n,); in a world of one `values` is the parameter itself
-        if self.split.world > 1:
-            self.param.data.view(-1).copy_(values[: self.split.n])
 
     def state(self):
-        for kind, part in self.moments.items():
-            yield f"{self.names[0]}.{kind}", self.split.whole(part).view_as(self.param)
+        """(name, whole tensor) of every moment of every tensor; collective."""
+        for kind, own in self.moments.items():
+            mine = {(i, a): moment for (i, a, _), moment in zip(self.own, own, strict=True)}
+            whole = [None] * len(self.params)
+            for owner, i, a, b in self.parts():
+                if whole[i] is None:
+                    whole[i] = self.values.new_empty(self.params[i].numel())
+                part = whole[i][a:b]
+                if (i, a) in mine:
+                    part.copy_(mine[i, a])
+                send(part, owner, self.runtime)
+                if b == len(whole[i]):
+                    yield f"{self.names[i]}.{kind}", whole[i].view_as(self.params[i])
+                    whole[i] = None
 
     def load(self, state):
-        for kind, part in self.moments.items():
-            part.copy_(state[f"{self.names[0]}.{kind}"].reshape(-1)[self.split.lo : self.split.hi])
+        for kind, own in self.moments.items():
+            for (i, a, b), moment in zip(self.own, own, strict=True):
+                moment.copy_(state[f"{self.names[i]}.{kind}"].reshape(-1)[a:b])
 
     def shapes(self):
-        return {f"{self.names[0]}.{kind}": self.param.shape for kind in self.moments}
+        return {f"{name}.{kind}": p.shape for kind in self.moments for name, p in zip(self.names, self.params)}
+
+
+def send(tensor: torch.Tensor, owner: int, runtime: Runtime) -> torch.Tensor:
+    """The owner's values of `tensor`, on every rank."""
+    if runtime.world > 1:
+        dist.broadcast(tensor, owner)
+    return tensor
 
 
 class MuonAdamW:
     """The optimizer of a whole model.
 
-    `roles` is `GPT.roles()`, `lrs` the peak learning rate of each role (`Plan.lrs`). One update is
-    `reduce()` (average, unscale, norm), the caller's checks, `step(...)`, `zero_grad()`; `step` alone reduces itself.
+    `roles` is `GPT.roles()`, `lrs` the peak learning rate of each role (`Plan.lrs`). One update is `backward(loss)` of
+    each micro-batch (`last=True` with the last, which then overlaps with the reduction), `reduce()` (average, unscale,
+    norm), the caller's checks, `step(...)`, `zero_grad()`. Plain `loss.backward()` does too, without overlap, and
+    `step` alone reduces itself. The parameters' memory is the banks' from here on: don't move the model afterwards.
     """
 
     def __init__(self, roles: Mapping[str, list], lrs: Mapping[str, float], runtime: Runtime):
@@ -324,21 +290,25 @@ class MuonAdamW:
         if unknown or coarse:  # a mistake in the code: in bf16 a second moment with beta2 0.995 stands still
             raise ValueError(f"roles without a rule: {unknown}; parameters that are not fp32 or fp64: {coarse}")
         self.runtime, self.t, self.reduced = runtime, 0, False
-        dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else None  # of the polar step; else the parameters'
-        shapes: dict[tuple, list] = {}
-        for name, p in roles.get("matrix", []):
-            shapes.setdefault((tuple(p.shape), p.dtype), []).append((name, p))
-        self.groups: list[Group] = [MuonGroup(named, lrs["matrix"], runtime, dtype) for named in shapes.values()]
-        for role, rule in ADAM_RULES.items():
-            self.groups += [AdamGroup([pair], lrs[role], runtime, rule) for pair in roles.get(role, [])]
+        self.banks: list[MuonBank | AdamBank] = [
+            *_muon_banks(roles.get("matrix", []), lrs, runtime), *_adam_banks(roles, lrs, runtime)
+        ]  # fmt: skip
+        self.reducer = Reducer(self.banks, runtime)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        self.reduced = False
-        for group in self.groups:
-            group.grad = None
-            for p in group.params:
+        self._begin()
+        for bank in self.banks:
+            for p in bank.params:
                 p.grad = None
+
+    def _begin(self) -> None:
+        self.reduced = False
+        self.reducer.begin()
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        """Backward pass of one micro-batch; during the `last` one gradients travel as they come. Collective if last."""
+        self.reducer.backward(loss, last)
 
     @torch.no_grad()
     def reduce(self, scale: float = 1.0) -> float:
@@ -347,35 +317,50 @@ class MuonAdamW:
         Returns the norm of the whole gradient, the same on every rank; it is not finite if any element on any rank was
         not, and then the caller either stops or drops this update with `zero_grad` and no `step`.
         """
-        for group in self.groups:
-            group.launch()
+        self.reducer.flush()
+        self.reducer.wait()
+        own = [grad for bank in self.banks for grad in bank.gradients()]
         factor = 1.0 / (self.runtime.world * scale)
-        parts = torch.stack([group.settle(factor).float() for group in self.groups])
+        if factor != 1.0 and own:
+            torch._foreach_mul_(own, factor)
+        device = self.runtime.device
+        square = sum((torch.linalg.vector_norm(g).float().square() for g in own), torch.zeros((), device=device))
         self.reduced = True
-        return math.sqrt(float(self.runtime.sum(parts.square().sum())))
+        return math.sqrt(float(self.runtime.sum(square)))
 
     @torch.no_grad()
     def step(self, lr_mult: float = 1.0, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         """Move the parameters: `lr_mult` times the peak rates, Muon's momentum and (already scaled) weight decay."""
         if not self.reduced:
             self.reduce()
-        self.t, self.reduced = self.t + 1, False
-        for group in self.groups:
-            group.update(lr_mult, momentum, weight_decay, self.t)
-        for group in self.groups:
-            group.release()
+        self.t, works = self.t + 1, []
+        for bank in self.banks:
+            bank.update(lr_mult, momentum, weight_decay, self.t)
+            works += bank.share()
+        for work in works:
+            work.wait()
+        self._begin()
 
     def nonfinite(self) -> list[str]:
-        """Names of the parameters whose gradient on this rank holds a NaN or an infinity."""
-        pairs = [pair for group in self.groups for pair in zip(group.names, group.params, strict=True)]
-        return [name for name, p in pairs if p.grad is not None and not torch.isfinite(p.grad).all()]
+        """Names of the parameters whose gradient holds a NaN or an infinity on any rank; collective."""
+        pairs = [pair for bank in self.banks for pair in zip(bank.names, bank.params, strict=True)]
+        here = [name for name, p in pairs if p.grad is not None and not torch.isfinite(p.grad).all()]
+        everywhere = {name for names in self.runtime.gather(here) for name in names}
+        return [name for name, _ in pairs if name in everywhere]
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes that this rank keeps between steps: weights, gradients (while there are any) and moments."""
+        params = [p for bank in self.banks for p in bank.params]
+        whole = sum(p.nbytes for p in params)
+        moments = sum(t.nbytes for bank in self.banks for stack in bank.moments.values() for t in stack)
+        return {"weights": whole, "gradients": whole, "moments": moments}
 
     def state(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
         """Whole moments by `<parameter>.<moment>` and the step count, on the CPU of rank 0 (or of all); collective."""
         keep = self.runtime.main or everywhere
         state = {"step": torch.tensor(self.t)}
-        for group in self.groups:
-            for name, whole in group.state():
+        for bank in self.banks:
+            for name, whole in bank.state():
                 if keep:
                     state[name] = whole.detach().to("cpu", copy=True)
         return state if keep else {}
@@ -383,11 +368,31 @@ class MuonAdamW:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take this rank's part of a whole state, written in any world size."""
-        wanted = {name: shape for group in self.groups for name, shape in group.shapes().items()}
+        wanted = {name: shape for bank in self.banks for name, shape in bank.shapes().items()}
         refuse(_state_problems({"step": torch.Size([])} | wanted, state))
         self.t = int(state["step"])
-        for group in self.groups:
-            group.load(state)
+        for bank in self.banks:
+            bank.load(state)
+
+
+def _muon_banks(named: list, lrs: Mapping[str, float], runtime: Runtime) -> list[MuonBank]:
+    """A bank for each shape, the last matrix first: a backward pass comes to it first."""
+    dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else None  # of the polar step; else the parameters'
+    kinds: dict[tuple, list] = {}
+    for name, p in reversed(named):
+        kinds.setdefault((tuple(p.shape), p.dtype), []).append((name, p))
+    costs = [muon_cost(*shape) for shape, _ in kinds]
+    shares = deal([len(pairs) for pairs in kinds.values()], costs, runtime.world)
+    return [MuonBank(*(pairs, lrs["matrix"], share, runtime, dtype)) for pairs, share in zip(kinds.values(), shares)]
+
+
+def _adam_banks(roles: Mapping[str, list], lrs: Mapping[str, float], runtime: Runtime) -> list[AdamBank]:
+    """One bank, or one for each dtype there is."""
+    entries = [(pair, lrs[role], rule) for role, rule in ADAM_RULES.items() for pair in reversed(roles.get(role, []))]
+    kinds: dict[torch.dtype, list] = {}
+    for entry in entries:
+        kinds.setdefault(entry[0][1].dtype, []).append(entry)
+    return [AdamBank(*map(list, zip(*kind, strict=True)), runtime) for kind in kinds.values()]
 
 
 def _state_problems(wanted: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -262,10 +262,11 @@ def main(cfg: Config) -> dict:
             if last:
                 break
             began = time.perf_counter()
-            for _ in range(plan.accum):
+            for micro in range(plan.accum):
                 batch = next(loader)
                 total = forward(batch.inputs, batch.targets, reduction="sum")  # as in fine-tuning: one compiled graph
-                (total * (scaler.scale / (plan.accum * batch.targets.numel()))).backward()
+                scale = scaler.scale / (plan.accum * batch.targets.numel())
+                optimizer.backward(total * scale, last=micro + 1 == plan.accum)
                 meter.add(total / batch.targets.numel(), batch.targets.numel())
             loss = meter.mean(rt)
             lr_mult = schedule.lr(step, plan.iterations, plan.warmup_steps, plan.warmdown_ratio, plan.final_lr_frac)

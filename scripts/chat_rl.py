@@ -150,14 +150,14 @@ def rows_of(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
     return inputs.to(device), targets.to(device), weights.to(device)
 
 
-def learn(model, rollouts: list[Rollout], cfg: Config, scale: float, device: torch.device) -> float:
+def learn(model, optimizer, rollouts: list[Rollout], cfg: Config, scale: float, device: torch.device) -> float:
     """Backward of sum(advantage x negative log probability) x scale; returns the unscaled sum."""
     total = 0.0
     ordered = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.reply))  # like lengths together: little padding
     for start in range(0, len(ordered), cfg.device_batch_size):
         inputs, targets, weights = rows_of(ordered[start : start + cfg.device_batch_size], device)
         loss = (model(inputs, targets, reduction="none") * weights).sum()
-        (loss * scale).backward()
+        optimizer.backward(loss * scale, last=start + cfg.device_batch_size >= len(ordered))
         total += float(loss.detach())
     return total
 
@@ -235,13 +235,15 @@ def main(cfg: Config) -> dict:
             counts = torch.tensor([sum(map(sum, rewards)), sum(map(len, rewards)), sum(sum(r.mask) for r in rollouts)],
                                   dtype=torch.float64)  # fmt: skip
             paid, drawn, tokens = rt.sum(counts.to(rt.device, torch.float32)).tolist()
-            loss = learn(model, rollouts, cfg, scaler.scale * rt.world / max(tokens, 1), rt.device)
+            loss = learn(model, optimizer, rollouts, cfg, scaler.scale * rt.world / max(tokens, 1), rt.device)
             lr_mult, norm = schedule.rl_lr(step, steps), 0.0
             if tokens:  # some group had something to teach
                 norm = train.optimizer_step(
                     optimizer, scaler, loss, step=step, position=mine, lr_mult=lr_mult, momentum=0.95,
                     weight_decay=cfg.weight_decay,
                 )  # fmt: skip
+            else:
+                optimizer.zero_grad()
             seconds = time.perf_counter() - began
             meter.tick(loss, int(tokens), seconds)
             console = (f"step {step:4d}/{steps} | reward {paid / drawn:.3f} | {len(rollouts)} replies taught | "

@@ -201,7 +201,7 @@ def main(cfg: Config) -> dict:
             tokens = 0
             for batch in batches:
                 total = forward(batch.inputs, batch.targets, reduction="sum")
-                (total * (weight * scaler.scale)).backward()
+                optimizer.backward(total * (weight * scaler.scale), last=batch is batches[-1])
                 count = int((batch.targets >= 0).sum())
                 meter.add(total / max(count, 1), count)
                 tokens += count

@@ -15,7 +15,7 @@ LAYERS = [
     GROUND,
     {"kernels"},
     {"attention", "gpt", "cost"},
-    {"optim", "schedule", "scaling", "train"},
+    {"banks", "optim", "schedule", "scaling", "train"},
     {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "resume"},
     {"sampling", "logprobs", "tools", "streaming", "kvcache", "decode", "engine", "sandbox", "execution"},

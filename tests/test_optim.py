@@ -195,9 +195,9 @@ def tiny(dtype=torch.float32):
 
 
 def rows(step, dtype_seed=0):
-    """Six rows of 16 tokens with a pattern to learn."""
+    """Twenty-four rows of 16 tokens with a pattern to learn: as many for each of 1, 2, 3 or 4 ranks."""
     generator = torch.Generator().manual_seed(step + dtype_seed)
-    start = torch.randint(0, 50, (6, 1), generator=generator)
+    start = torch.randint(0, 50, (24, 1), generator=generator)
     return (start + 3 * torch.arange(17)) % 50
 
 
@@ -248,14 +248,17 @@ def test_norm_is_that_of_the_whole_gradient_and_an_infinite_one_is_seen_before_t
 
 
 def train_some(model, rt, steps, optimizer=None, first=0):
-    """Each rank takes its share of the same six rows; returns the optimizer and the losses over all ranks."""
+    """Each rank takes its share of the same rows; returns the optimizer and the losses over all ranks."""
     optimizer = optimizer or optim.MuonAdamW(model.roles(), RATES, rt)
     losses = []
     for step in range(first, first + steps):
-        x = rows(step)[rt.rank :: rt.world]
-        loss = model(x[:, :-1], x[:, 1:])
-        loss.backward()
-        losses.append(float(rt.mean(loss.detach().clone())))
+        halves = rows(step)[rt.rank :: rt.world].chunk(2)  # two micro-batches, of which the last one overlaps
+        total = 0.0
+        for x in halves:
+            loss = model(x[:, :-1], x[:, 1:]) / len(halves)
+            optimizer.backward(loss, last=x is halves[-1])
+            total += loss.detach()
+        losses.append(float(rt.mean(total)))
         optimizer.step(1.0, 0.9, 0.1)
         optimizer.zero_grad()
     return optimizer, losses
@@ -270,12 +273,12 @@ def rank_program(out):
     optimizer, _ = train_some(double, rt, 1)
     state = optimizer.state()
     model = tiny()
-    resumable, losses = train_some(model, rt, 10)
+    resumable, losses = train_some(model, rt, 25)
     middle = {n: p.detach().clone() for n, p in model.named_parameters()}
     middle_state = resumable.state()
     again = optim.MuonAdamW(model.roles(), RATES, rt)  # each rank takes its part of the whole state
     again.load_state(resumable.state(everywhere=True))
-    losses += train_some(model, rt, 10, again, first=10)[1]
+    losses += train_some(model, rt, 25, again, first=25)[1]
 
     lone = tiny()
     agreeing = optim.MuonAdamW(lone.roles(), RATES, rt)
@@ -286,8 +289,7 @@ def rank_program(out):
         lone.transformer.h[0].mlp.c_fc.weight.grad = None
     norm = agreeing.reduce()
     finite_ranks = int(rt.sum(torch.tensor(int(math.isfinite(norm)))))
-    sharded = sum(m.numel() for g in again.groups for m in g.moments.values())
-    most = rt.max(sharded)
+    most = rt.max(again.bytes()["moments"])
     if rt.main:
         save_file({n: p.detach() for n, p in double.named_parameters()}, f"{out}/double.safetensors")
         save_file(state, f"{out}/double_state.safetensors")
@@ -314,9 +316,9 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_n_ranks_are_one_rank_pitfalls_9_12_14(world, alone, tmp_path, torchrun):
-    """fp64 1e-10 after a step, fp32 losses 1e-4 over 20; uneven shapes, gloo; state goes from N ranks to one."""
+    """fp64 1e-10 after a step, fp32 losses 1e-4 over 50; uneven shapes, gloo; state goes from N ranks to one."""
     from safetensors.torch import load_file
 
     out = tmp_path / "out"
@@ -337,16 +339,8 @@ def test_n_ranks_are_one_rank_pitfalls_9_12_14(world, alone, tmp_path, torchrun)
     model.load_state_dict(load_file(out / "middle.safetensors"), strict=False)
     optimizer = optim.MuonAdamW(model.roles(), RATES, Runtime.single())
     optimizer.load_state(load_file(out / "middle_state.safetensors"))
-    _, losses = train_some(model, Runtime.single(), 10, optimizer, first=10)
-    assert losses == pytest.approx(one["losses"][10:], rel=1e-4)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("n", [1, 3, 6, 24, 50])
-def test_chunks_cover_everything_once_pitfall_12(n, world):
-    splits = [optim.Split(n, Runtime(r, r, world, torch.device("cpu"), torch.float32, "")) for r in range(world)]
-    assert [i for s in splits for i in range(s.lo, s.hi)] == list(range(n))
-    assert max(s.hi - s.lo for s in splits) == -(-n // world)
+    _, losses = train_some(model, Runtime.single(), 25, optimizer, first=25)
+    assert losses == pytest.approx(one["losses"][25:], rel=1e-4)
 
 
 def test_resuming_is_bitwise_on_the_same_world_pitfall_8():

@@ -8,6 +8,8 @@ import torch
 from nanochat.engine import Completion
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import ADAM_RULES, MuonAdamW
+from nanochat.runtime import Runtime
 from scripts import chat_rl
 from scripts.chat_rl import Config, Rollout
 
@@ -56,7 +58,8 @@ def test_the_gradient_is_the_written_formula_however_it_is_batched(model, rows):
     wanted = gradient(model, expected * 0.1)
     model.zero_grad()
     cfg = dataclasses.replace(Config(), device_batch_size=rows)
-    total = chat_rl.learn(model, ROLLOUTS, cfg, 0.1, torch.device("cpu"))
+    optimizer = MuonAdamW(model.roles(), dict.fromkeys(("matrix", *ADAM_RULES), 0.0), Runtime.single())
+    total = chat_rl.learn(model, optimizer, ROLLOUTS, cfg, 0.1, torch.device("cpu"))
     assert total == pytest.approx(float(expected.detach()), abs=1e-4)
     got = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-3)
