@@ -1,6 +1,9 @@
 """What devices can do on paper: peak matmul FLOP/s and memory bytes/s by name, from data sheets (dense)."""
 
+import datetime
+import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -55,4 +58,36 @@ def device_name(device: torch.device) -> str:
     """The device's marketing name, e.g. "NVIDIA H100 80GB HBM3"; the processor's name for CPU and MPS."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's name as it gives it (Linux), else what the platform says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Main memory of this machine; 0 where it can't be asked."""
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    if not hasattr(os, "sysconf") or any(name not in os.sysconf_names for name in names):
+        return 0
+    return os.sysconf(names[0]) * os.sysconf(names[1])
+
+
+def about() -> dict[str, str]:
+    """Date and machine, as the head of a report or a measurement."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = f"{count} x {torch.cuda.get_device_name(0)}, " if count else ""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{devices}{cores()} cores of {cpu_name()}, {memory_bytes() / 2**30:.0f} GiB",
+        "software": f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}",
+    }

@@ -139,18 +139,21 @@ def plan_lines(found: dict[str, list[dict]]) -> list[list[str]]:
     return flat if len(flat) > 1 else []
 
 
+def grid(rows: list[list[str]]) -> str:
+    """Header and rows as a Markdown table."""
+    cell = lambda text: text.replace("|", "\\|").replace("\r", " ").replace("\n", " ")
+    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
 def markdown(found: dict[str, list[dict]], machine: dict[str, str]) -> str:
     """The report as Markdown."""
-    grid = lambda rows: "\n".join(
-        ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-        + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows[1:]]
-    )
     parts = ["# Report of a nanochat run", *(f"- {name}: {value}" for name, value in machine.items())]
     for title, rows in (("Stages", stage_table(found)), ("Scores", score_table(found)), ("Plan", plan_lines(found))):
         if rows:
             parts += [f"\n## {title}\n", grid(rows)]
     if shown := samples(found):
-        parts += ["\n## Samples\n", grid([["stage", "prompt", "text"], *([*row] for row in shown)]).replace("\r", " ")]
+        parts += ["\n## Samples\n", grid([["stage", "prompt", "text"], *([*row] for row in shown)])]
     return "\n".join(parts) + "\n"
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 from nanochat import cli, paths
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("nanochat", "nanochat/kernels", "nanochat/tinyworld", "nanochat/serve", "scripts", "tasks")
+FOLDERS = (
+    "nanochat",
+    "nanochat/kernels",
+    "nanochat/tinyworld",
+    "nanochat/serve",
+    "nanochat/export",
+    "scripts",
+    "tasks",
+)
 PLACE = re.compile(r"(<!-- made from [^>]*-->\n```\n)(.*?)(```)", re.DOTALL)
 
 

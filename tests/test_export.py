@@ -1,0 +1,236 @@
+"""Exports compute what we compute, encode as we encode, and come back bit for bit."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+from tiny_model import TOKENIZER, save_checkpoint, tiny_gpt
+
+from nanochat import chat, checkpoint, record
+from nanochat.errors import UserError
+from nanochat.export import gguf_file, graph, hub, parity, tokenizer_json
+from nanochat.tokenizer import Tokenizer
+from scripts import bench_export, export
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries' own warnings
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " What is 7*8?\n"},
+    {"role": "assistant", "content": [{"type": "text", "text": "It is "}, {"type": "python", "text": "7*8"},
+                                      {"type": "python_output", "text": "56"}, {"type": "text", "text": "56."}]},
+    {"role": "user", "content": "Thanks, naïve 😀 friend"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(base_dir, tmp_path, monkeypatch):
+    """An exported tiny model; the modelling file is copied by transformers into a private place."""
+    pytest.importorskip("transformers")
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    save_checkpoint("sft")
+    log = record.Record(base_dir / "chatsft_checkpoints" / "d3" / "record.jsonl", stage="sft", config={})
+    log.eval(5, val_bpb=1.25)
+    log.close(seconds=60.0)
+    out = tmp_path / "out"
+    assert export.main(export.Config(output=str(out), check=False))["path"] == str(out)
+    return out
+
+
+def continued(model, rows, count, **options):
+    """The `count` new ids of each row, greedy unless told otherwise, with no end."""
+    options = {"attention_mask": torch.ones_like(rows), **options}
+    out = model.generate(rows, max_new_tokens=count, do_sample=False, eos_token_id=None, **options)
+    return out[:, rows.size(1) :].tolist()
+
+
+def ours():
+    return checkpoint.build_model("sft")[0]
+
+
+def test_transformers_loads_the_folder_and_agrees_in_every_logit_and_token(folder):
+    theirs, model = parity.load_hf(folder), ours()
+    assert parity.difference("hf", folder, model, torch.Generator().manual_seed(1)) < 1e-5
+    prompt = TOKENIZER.encode("Ab", prepend="<|bos|>")
+    expected = list(model.generate_naive(prompt, 40, temperature=0))
+    assert continued(theirs, torch.tensor([prompt]), 40)[0] == expected
+    with pytest.raises(ValueError, match="context of 64"):
+        theirs(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_padded_rows_and_chunks_behind_a_cache_mean_the_same_in_transformers(folder):
+    """Left padding, as batched generation and lm-eval use it, and feeding a row in pieces."""
+    theirs = parity.load_hf(folder)
+    short, long = TOKENIZER.encode("xyz", prepend="<|bos|>"), TOKENIZER.encode("hello you there", prepend="<|bos|>")
+    pad = len(long) - len(short)
+    rows, mask = torch.tensor([[TOKENIZER.bos] * pad + short, long]), torch.ones(2, len(long), dtype=torch.int64)
+    mask[0, :pad] = 0
+    with torch.no_grad():
+        alone = theirs(torch.tensor([short])).logits[0]
+        both = theirs(rows, attention_mask=mask).logits
+        assert (both[0, pad:] - alone).abs().max() < 1e-5 and both.isfinite().all()
+        first = theirs(torch.tensor([long[:7]]), use_cache=True)
+        cache = getattr(first, "cache", None) or first.past_key_values
+        rest = theirs(torch.tensor([long[7:]]), cache=cache).logits[0]
+        assert (rest - both[1, 7:]).abs().max() < 1e-5
+    expected = [list(ours().generate_naive(row, 20, temperature=0)) for row in (short, long)]
+    assert continued(theirs, rows, 20, attention_mask=mask) == expected
+    best = continued(theirs, rows[:1, pad:], 12, num_beams=3)[0]  # beams change places: smear must follow them
+    score = lambda new: theirs(torch.tensor([short + new])).logits[0].log_softmax(-1)[len(short) - 1 :]
+    likely = lambda new: sum(float(row[t]) for row, t in zip(score(new), new))
+    assert likely(best) >= likely(expected[0][:12])
+
+
+def test_the_chat_template_gives_the_ids_of_our_own_rendering(folder):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    apply = lambda messages, **options: theirs.apply_chat_template(
+        messages, tokenize=True, return_dict=False, **options
+    )
+    expected = chat.render_for_completion({"messages": CONVERSATION}, TOKENIZER)
+    assert apply(CONVERSATION, add_generation_prompt=True) == expected
+    ids, _ = chat.render({"messages": CONVERSATION[1:3]}, TOKENIZER)
+    assert apply(CONVERSATION[1:3]) == ids
+
+
+def texts(count=300):
+    """Random strings over letters, digits, blanks, signs, scripts and emoji, with runs and apostrophes."""
+    pieces = ["the ", "don't", "I'LL", " 1234567", "\n\n", "  \t", "é", "ß", "ſ", "你好", "🙂👍🏽", "’s", "--", "x" * 9,
+              "\u00a0", "\r\n", "٣٤", "a'S", "\u200b", "\u0085", "Ⅻ", "²"]  # fmt: skip
+    dice = random.Random(0)
+    return ["".join(dice.choices(pieces, k=dice.randint(0, 30))) for _ in range(count)]
+
+
+def test_the_tokenizer_gives_the_same_ids_and_comes_back(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = Tokenizer.train(texts(60) + ["the quick brown fox jumps over the lazy dog " * 9], 330)
+    content = tokenizer_json.tokenizer_json(ours)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    for text in texts():
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == ids
+        assert theirs.encode(text).ids == [ours.bos, *ids]
+        assert theirs.decode(ids) == text
+    assert [theirs.token_to_id(name) for name in ours.specials] == list(ours.specials.values())
+    assert tokenizer_json.ranks_of(content) == ours.ranks
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+"
+    with pytest.raises(UserError, match="pattern"):
+        tokenizer_json.ranks_of(content)
+
+
+def test_an_exported_model_comes_back_bit_for_bit(folder, tmp_path, monkeypatch):
+    before = checkpoint.load(checkpoint.find("sft")).weights()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "other"))
+    out = export.main(export.Config(import_from=str(folder), model_tag="back"))
+    model, tokenizer, meta = checkpoint.build_model("sft", "back")
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint and meta["step"] == 5 and meta["imported_from"] == "out"
+    after = checkpoint.load(checkpoint.find("sft", "back")).weights()
+    assert before.keys() == after.keys() and all(before[n].equal(after[n]) for n in before)
+    with pytest.raises(UserError, match="--model-tag"):
+        hub.read(folder, tag="back")
+    Tokenizer.from_ranks([bytes([i]) for i in reversed(range(256))]).save()
+    with pytest.raises(UserError, match="another tokenizer"):
+        hub.read(folder, tag="more")
+    assert out["path"].endswith("back/step_000005")
+
+
+def test_the_card_says_what_the_record_says_and_nothing_else_is_overwritten(folder, tmp_path):
+    text = (folder / "README.md").read_text()
+    assert "| val_bpb | 1.2500 |" in text and "| sft | 1.0 |" in text and "library_name: transformers" in text
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty"):
+        export.main(export.Config(output=str(mine), check=False))
+    assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow  # torch.export
+def test_a_wrong_export_is_found_by_the_check(base_dir, tmp_path):
+    model = tiny_gpt()
+    path = graph.write_torch(tmp_path / "m.pt2", model)
+    assert parity.difference("torch", path, model, torch.Generator().manual_seed(0)) < 1e-5
+    with torch.no_grad():
+        model.smear_lambda.add_(0.05)
+    with pytest.raises(UserError, match="other logits"):
+        parity.difference("torch", path, model, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.slow  # the ONNX converter
+def test_the_onnx_graph_agrees_for_other_sizes_than_it_was_traced_with(base_dir):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    save_checkpoint("base")
+    out = export.main(export.Config(source="base", format="onnx"))
+    assert out["difference"] < 1e-4 and out["path"].endswith("exports/d3_base.onnx")
+    model = checkpoint.build_model("base")[0]
+    session = onnxruntime.InferenceSession(out["path"], providers=["CPUExecutionProvider"])
+    for rows, length in ((1, 64), (3, 5)):
+        ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
+        (logits,) = session.run(None, {"ids": ids.numpy()})
+        assert (torch.from_numpy(logits) - model(ids)).abs().max() < 1e-4
+
+
+def test_the_gguf_file_holds_the_whole_model_and_says_that_llama_cpp_has_no_such_architecture(base_dir, capsys):
+    gguf = pytest.importorskip("gguf")
+    save_checkpoint("base")
+    out = export.main(export.Config(source="base", format="gguf"))
+    assert out["difference"] == 0.0 and "llama.cpp has no architecture with smear" in capsys.readouterr().out
+    reader = gguf.GGUFReader(out["path"])
+    field = lambda name: reader.fields[name].contents()
+    assert field("general.architecture") == gguf_file.ARCHITECTURE and field("nanochat-gpt.block_count") == 3
+    assert field("tokenizer.ggml.bos_token_id") == TOKENIZER.bos
+    assert len(field("tokenizer.ggml.tokens")) == TOKENIZER.vocab_size
+    assert gguf_file.ARCHITECTURE not in gguf.MODEL_ARCH_NAMES.values(), "llama.cpp can run it now: write its tensors"
+
+
+def test_pushing_needs_a_token_and_uploads_the_folder(folder, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, name, private, exist_ok):
+            calls.append(("create", name, private))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, folder_path))
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(UserError, match="HF_TOKEN"):
+        hub.push(folder, "me/model")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(UserError, match="USER/NAME"):
+        hub.push(folder, "model")
+    assert hub.push(folder, "me/model").endswith("/me/model")
+    assert calls == [("token", "secret"), ("create", "me/model", True), ("upload", "me/model", str(folder))]
+
+
+def test_flags_that_make_no_sense_are_refused_at_once():
+    with pytest.raises(UserError, match="2 things"):
+        export.main(export.Config(format="pickle", push="a/b"))
+
+
+def test_the_bench_finds_the_first_token_and_the_first_text_that_differ(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs, model = parity.load_hf(folder), ours()
+    rows = bench_export.prompts(TOKENIZER)[:2]
+    assert bench_export.greedy(model, theirs, rows, 10)["equal"] == 2
+    with torch.no_grad():
+        theirs.lm_head.weight.mul_(-1)
+    assert bench_export.greedy(model, theirs, rows, 10) == {
+        "prompts": 2, "equal": 0, "tokens": 20, "shortest_agreement": 0}  # fmt: skip
+    content = tokenizer_json.tokenizer_json(TOKENIZER)
+    content["model"]["vocab"]["A"], content["model"]["vocab"]["B"] = 66, 65
+    wrong = tokenizers.Tokenizer.from_str(json.dumps(content))
+    found = bench_export.same_ids(TOKENIZER, wrong, ["abc", "aAc"])
+    assert (found["texts"], found["different"], found["first"]) == (2, 1, ["'aAc'"])
