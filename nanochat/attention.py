@@ -44,15 +44,20 @@ def visible(tq: int, tk: int, window: int, device: torch.device | str = "cpu") -
     return (key <= position) & (key >= position - window)
 
 
+def weights(q: torch.Tensor, k: torch.Tensor, window: int) -> torch.Tensor:
+    """How much each query reads of each key: (B, H, Tq, Tk), rows sum to 1, in fp32 (fp64 for fp64 inputs)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    query = q.to(dtype).transpose(1, 2)  # (B, H, Tq, D)
+    key = k.to(dtype).repeat_interleave(q.size(2) // k.size(2), dim=2).transpose(1, 2)  # (B, H, Tk, D)
+    scores = query @ key.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, Tq, Tk)
+    return scores.masked_fill(~visible(q.size(1), k.size(1), window, q.device), -math.inf).softmax(-1)
+
+
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """The definition: plain softmax attention, in fp32 (fp64 for fp64 inputs), O(Tq Tk) memory. Returns q's dtype."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    group = q.size(2) // k.size(2)
-    query = q.to(dtype).transpose(1, 2)  # (B, H, Tq, D)
-    key, value = (x.to(dtype).repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))  # (B, H, Tk, D)
-    scores = query @ key.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, Tq, Tk)
-    scores = scores.masked_fill(~visible(q.size(1), k.size(1), window, q.device), -math.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2).to(q.dtype)
+    read = weights(q, k, window)
+    value = v.to(read.dtype).repeat_interleave(q.size(2) // v.size(2), dim=2).transpose(1, 2)  # (B, H, Tk, D)
+    return (read @ value).transpose(1, 2).to(q.dtype)
 
 
 def load(name: str):

@@ -19,7 +19,7 @@ LAYERS = [
     {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "resume"},
     {"sampling", "logprobs", "tools", "streaming", "kvcache", "decode", "engine", "sandbox", "execution"},
-    {"loss_eval", "core_eval", "chat_eval", "samples", "report", "journal", "export"},
+    {"loss_eval", "core_eval", "chat_eval", "samples", "report", "pictures", "journal", "export"},
     {"serve"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
