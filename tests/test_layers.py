@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "cli", "paths", "runtime", "hardware", "record"}
+GROUND = {"errors", "cli", "paths", "runtime", "hardware", "prices", "record"}
 LAYERS = [
     GROUND,
     {"kernels"},
