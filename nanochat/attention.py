@@ -25,8 +25,8 @@ from nanochat.errors import UserError
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 # Preference, best first. FlashAttention 3 first on Hopper; varlen (FlashAttention 2 in torch's core) on sm80+;
-# flex is a compiled kernel for other CUDA cards; blocks is for compiled training on CPU; sdpa works everywhere.
-BACKENDS = ("flash3", "varlen", "flex", "blocks", "sdpa")
+# flex is a compiled kernel for other CUDA cards; sdpa works everywhere. Training on CPU has its own: kernels/cpu_block.
+BACKENDS = ("flash3", "varlen", "flex", "sdpa")
 
 
 class Backend(NamedTuple):

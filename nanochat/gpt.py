@@ -198,8 +198,22 @@ class Block(nn.Module):
 
 
 def run_block(block: Block, *arguments) -> torch.Tensor:
-    """A block's forward, as a function that can be compiled once for all blocks that are alike."""
+    """A block's forward; `GPT.by_hand` puts its twin in its place."""
     return block(*arguments)
+
+
+def run_block_by_hand(block: Block, x, x0, scales, embedded, rope, window, attend, cache) -> torch.Tensor:
+    """The same by kernels/cpu_block.py, which has its own attention, where a gradient is wanted; else the block's."""
+    if cache is not None or not torch.is_grad_enabled():
+        return block(x, x0, scales, embedded, rope, window, attend, cache)
+    from nanochat.kernels import cpu_block
+
+    a, m = block.attn, block.mlp
+    heads, kv_heads = (matrix.out_features // a.head_dim for matrix in (a.c_q, a.c_k))
+    score_scale = QK_SCALE**2 / math.sqrt(a.head_dim)
+    shape = cpu_block.Shape(heads, kv_heads, a.head_dim, window, EPS, score_scale, VE_GATE_SCALE)
+    parts = (a.c_q, a.c_k, a.c_v, a.c_proj, m.c_fc, m.c_proj, a.ve_gate if embedded is not None else None)
+    return cpu_block.run(x, x0, scales, embedded, rope, shape, [p if p is None else p.weight for p in parts])
 
 
 def smear(x, before, gate: Linear, scale) -> torch.Tensor:
@@ -226,7 +240,7 @@ class GPT(nn.Module):
         self.config = config
         self.attend = attend or attention.load("sdpa").attend
         self.compute_dtype = torch.float32
-        self.run_block, self.smear, self.finish, self.score = run_block, smear, finish, None  # see compiled()
+        self.run_block = run_block  # or its twin, see by_hand()
         layers, padded = range(config.n_layer), config.padded_vocab
         self.transformer = nn.ModuleDict(
             {"wte": Table(padded, config.n_embd), "h": nn.ModuleList(Block(config, i) for i in layers)}
@@ -310,16 +324,10 @@ class GPT(nn.Module):
         """The attention window of each layer, in tokens."""
         return self.config.windows()
 
-    def compiled(self) -> GPT:
-        """A twin that shares every parameter, its parts compiled for fixed shapes; the model itself stays eager.
-
-        Compiling part by part serves all blocks that are alike with one graph: about two thirds of the time that
-        compiling the whole takes, for the same speed on CPU. On a GPU compile the whole: torch.compile(model).
-        """
+    def by_hand(self) -> GPT:
+        """A twin that shares every parameter, for training on CPU: its blocks' derivatives are written out by hand."""
         twin = copy.copy(self)
-        twin.run_block, twin.smear, twin.finish, twin.score = (
-            torch.compile(part, dynamic=False) for part in (run_block, smear, finish, _loss_module().score_chunk)
-        )
+        twin.run_block = run_block_by_hand
         return twin
 
     # ---- forward ----------------------------------------------------------------------------------------------------
@@ -343,9 +351,8 @@ class GPT(nn.Module):
 
     def _loss(self, x, targets, reduction):
         loss = _loss_module().linear_cross_entropy(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size, SOFTCAP, reduction,
-            score=self.score,
-        )  # fmt: skip
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size, SOFTCAP, reduction
+        )
         return loss.view_as(targets) if reduction == "none" else loss
 
     def hidden(self, ids: torch.Tensor, cache=None) -> torch.Tensor:
@@ -354,7 +361,7 @@ class GPT(nn.Module):
         dtype = self._activation_dtype()
         x = norm(self.transformer.wte(ids, dtype))
         before = torch.zeros_like(x[:, :1]) if cache is None else cache.previous(x).to(dtype)  # (B, 1, C)
-        x = x0 = self.smear(x, before, self.smear_gate, self.smear_lambda)
+        x = x0 = smear(x, before, self.smear_gate, self.smear_lambda)
         middle = None
         for i, (block, window) in enumerate(zip(self.transformer.h, self.windows())):
             scales = self.resid_lambdas[i], self.x0_lambdas[i]
@@ -362,7 +369,7 @@ class GPT(nn.Module):
             x = self.run_block(block, x, x0, scales, embedded, rope, window, self.attend, cache)
             if i == self.config.n_layer // 2:
                 middle = x
-        return self.finish(x, middle, self.backout_lambda)
+        return finish(x, middle, self.backout_lambda)
 
     def _activation_dtype(self) -> torch.dtype:
         stored = self.lm_head.weight.dtype

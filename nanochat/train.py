@@ -13,16 +13,11 @@ import gc
 import math
 import os
 import random
-import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -275,34 +270,14 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(unpack(state["cuda"]))
 
 
-def compiler_problem(device: torch.device) -> str | None:
-    """Why torch.compile can't work here, or None. On CPU a two-line C++ file with Python.h and OpenMP is built."""
-    if device.type == "mps":
-        return "torch.compile is not used on MPS"
-    if device.type == "cuda":
-        return None
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
-    compiler = shutil.which(name)
-    if compiler is None:
-        return f"no C++ compiler found ({name})"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text("#include <Python.h>\n#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n")
-        flags = ["-shared", "-fPIC", "-fopenmp", f"-I{sysconfig.get_path('include')}"]
-        command = [compiler, *flags, str(source), "-o", str(Path(folder) / "probe.so")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return None if done.returncode == 0 else f"{compiler} can't build an extension: {done.stderr.strip()[:200]}"
-
-
-def compiled(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> tuple[Callable, str]:
-    """The model compiled for fixed shapes, or the model itself, and a line that says which and why."""
+def fastest(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> tuple[Callable, str]:
+    """The model in the form that trains fastest on this device, or the model itself, and a line that says which."""
     if not wanted:
-        return model, "eager: compilation is off"
-    problem = compiler_problem(runtime.device)
-    if problem:
-        return model, f"eager: {problem}"
+        return model, "plain: --compile=off"
+    if runtime.device.type == "cpu":
+        return model.by_hand(), "blocks by hand, with their own attention; nothing to compile"
+    if runtime.device.type == "mps":
+        return model, "plain: torch.compile is not used on MPS"
     with warnings.catch_warnings():  # torch's own imports use what torch deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
-        if runtime.device.type == "cpu" and hasattr(model, "compiled"):
-            return model.compiled(), "torch.compile, part by part"
         return torch.compile(model, dynamic=False), "torch.compile"

@@ -60,7 +60,7 @@ class Config:
     attention: str = "auto"  # backend: auto, sdpa, varlen, flex, flash3
     fp8: bool = False  # fp8 matmuls (Hopper, Ada and later)
     fp8_recipe: str = "tensorwise"  # the only recipe that is faster than bf16 here
-    compile: str = "auto"  # torch.compile: auto, on, off
+    compile: str = "auto"  # auto or on: torch.compile on CUDA, blocks by hand on CPU; off: neither
     # horizon: the first one that is set wins
     num_iterations: int = -1  # updates
     target_flops: float = -1.0  # FLOPs of the whole run
@@ -215,7 +215,7 @@ def main(cfg: Config) -> dict:
         meter, scaler, states = resume.restore(found, model, optimizer, rt)
         loader_state = dataloader.merge_states(states) if states[0] else None
         start = found.step
-    forward, how = train.compiled(model, rt, cfg.compile != "off")
+    forward, how = train.fastest(model, rt, cfg.compile != "off")
     log = record.Record(root / "record.jsonl", run=cfg.run, stage="base", config=cfg, main=rt.main,
                         resume_step=start if found else None)  # fmt: skip
     log.event("plan", plan=plan, device=name, dtype=rt.dtype_reason, attention=backend.name, compile=how)

@@ -45,7 +45,7 @@ class Config:
     model_step: int = -1  # its step; -1: the newest
     load_optimizer: int = 1  # 1: start with the moments of pretraining
     attention: str = "auto"  # backend
-    compile: str = "auto"  # torch.compile: auto, on, off
+    compile: str = "auto"  # auto or on: torch.compile on CUDA, blocks by hand on CPU; off: neither
     # data
     identity: str = ""  # JSON-lines file of conversations about the model itself (tasks/customjson.py)
     mmlu_epochs: int = 3  # times MMLU's auxiliary questions are in the mixture
@@ -156,7 +156,7 @@ def main(cfg: Config) -> dict:
     elif cfg.load_optimizer and (moments := base.optimizer()) is not None:
         optimizer.load_state(moments)
     model.train()
-    forward, how = train.compiled(model, rt, cfg.compile != "off")
+    forward, how = train.fastest(model, rt, cfg.compile != "off")
     log = record.Record(root / "record.jsonl", run=cfg.run, stage="sft", config=cfg, main=rt.main,
                         resume_step=start if found else None)  # fmt: skip
     log.event("plan", plan={**size, "lrs": lrs, "conversations": len(data), "from": base.path.name, "compile": how})

@@ -5,7 +5,7 @@ import torch
 
 from nanochat import attention
 from nanochat.errors import UserError
-from nanochat.kernels import blocks, flash3, sdpa
+from nanochat.kernels import flash3, sdpa
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {  # rows, Tq, Tk, H, Hkv, D, window
@@ -55,9 +55,6 @@ def backend(request):
 def test_backend_equals_the_reference(backend, case, monkeypatch):
     module, dtype = backend
     monkeypatch.setattr(sdpa, "BLOCK", 64)  # several blocks even in small cases
-    monkeypatch.setattr(blocks, "BLOCK", 32)
-    if module is blocks:  # it does its own work only when it is being compiled
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     *shape, window = CASES[case]
     if DEVICE == "cuda":
         shape[-1] = 64
@@ -121,7 +118,7 @@ def test_keys_outside_the_window_are_not_even_read():
 
 def test_choose_tells_why_others_were_passed_over_pitfall_17():
     chosen = attention.choose("cpu", torch.float32)
-    assert chosen.name == "blocks" and chosen.attend is blocks.attend
+    assert chosen.name == "sdpa" and chosen.attend is sdpa.attend
     assert [name for name, _ in chosen.passed_over] == ["flash3", "varlen", "flex"]
     assert all(reason and "\n" not in reason for _, reason in chosen.passed_over)
 

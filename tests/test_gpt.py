@@ -403,7 +403,7 @@ def test_a_batch_without_targets_has_loss_zero_and_no_gradient_pitfall_2():
 
 def test_the_logits_of_a_training_step_are_never_whole_pitfall_18(monkeypatch):
     """With 8 rows a chunk, no tensor of the step has 80 x vocabulary entries."""
-    monkeypatch.setattr(loss, "CHUNK", 8)
+    monkeypatch.setattr(loss, "CPU_CHUNK", 8)
     largest = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -6,7 +6,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +14,10 @@ import time
 import pytest
 import torch
 
-from nanochat import optim, train
+from nanochat import gpt, optim, train
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
+from tests.tiny_model import tiny_gpt
 
 RT = Runtime.single()
 
@@ -249,31 +249,14 @@ def test_random_state_survives_json_pitfall_8():
     assert torch.equal(first[0], second[0]) and first[1:] == second[1:]
 
 
-# --- compilation -----------------------------------------------------------------------------------------------------
+# --- the fastest form -------------------------------------------------------------------------------------------------
 
 
-def test_no_compiler_is_a_sentence_and_eager(monkeypatch):
-    model = torch.nn.Linear(2, 2)
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setenv("CXX", "g++")
-    forward, how = train.compiled(model, RT)
-    assert forward is model and how == "eager: no C++ compiler found (g++)"
-    assert train.compiled(model, RT, wanted=False) == (model, "eager: compilation is off")
-    assert train.compiled(model, Runtime.single("mps"))[0] is model
-
-
-def test_a_compiler_that_does_not_work_is_noticed(monkeypatch, tmp_path):
-    broken = tmp_path / "g++"
-    broken.write_text("#!/bin/sh\necho no such file Python.h >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(shutil, "which", lambda _: str(broken))
-    assert "can't build an extension: no such file Python.h" in train.compiler_problem(torch.device("cpu"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(train.compiler_problem(torch.device("cpu")) is not None, reason="no working C++ compiler here")
-def test_compiled_computes_the_same():
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
-    forward, how = train.compiled(model, RT)
-    x = torch.randn(4, 8)
-    assert how == "torch.compile" and torch.allclose(forward(x), model(x), atol=1e-6)
+def test_on_cpu_blocks_by_hand_train_and_plain_ones_where_asked_or_elsewhere():
+    model = tiny_gpt()
+    forward, how = train.fastest(model, RT)
+    assert forward.run_block is gpt.run_block_by_hand and how.startswith("blocks by hand")
+    assert all(a is b for a, b in zip(forward.parameters(), model.parameters(), strict=True))
+    assert model.run_block is gpt.run_block  # evaluation goes on with the plain one
+    assert train.fastest(model, RT, wanted=False) == (model, "plain: --compile=off")
+    assert train.fastest(model, Runtime.single("mps"))[0] is model

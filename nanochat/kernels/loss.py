@@ -68,13 +68,13 @@ class _Chunked(torch.autograd.Function):
     """Summed loss; its gradient is made in the forward and only scaled in the backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab, cap, chunk, score):
+    def forward(ctx, hidden, weight, targets, vocab, cap, chunk):
         used = weight.to(hidden.dtype)
         total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
         grad_hidden, grad_weight = [], torch.zeros_like(weight)
         for start in range(0, hidden.size(0), chunk):
             rows = hidden[start : start + chunk]
-            loss, grad = score(rows, used, targets[start : start + chunk], vocab, cap)
+            loss, grad = score_chunk(rows, used, targets[start : start + chunk], vocab, cap)
             total = total + loss.sum()
             grad_hidden.append(grad @ used)
             _add_product(grad_weight, grad.T, rows)
@@ -84,7 +84,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * upstream.to(grad_hidden.dtype), grad_weight * upstream.to(grad_weight.dtype), *[None] * 5
+        return grad_hidden * upstream.to(grad_hidden.dtype), grad_weight * upstream.to(grad_weight.dtype), *[None] * 4
 
 
 class _PerRow(torch.autograd.Function):
@@ -110,13 +110,13 @@ class _PerRow(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden, weight, targets, vocab: int, cap: float, reduction: str = "mean", chunk: int | None = None, score=None
+    hidden, weight, targets, vocab: int, cap: float, reduction: str = "mean", chunk: int | None = None
 ):
     """hidden (N, C), weight (Vpadded, C), targets (N,) with -1 = ignored -> loss, fp32 (fp64 for fp64 inputs).
 
     "mean" (over the scored targets; 0 when there is none) and "sum" make the gradient in the forward; "none" gives
     (N,), 0 where ignored, and recomputes each chunk in the backward. At most chunk x V logits are alive.
-    chunk: rows a chunk, None for CHUNK or CPU_CHUNK. score: a compiled `score_chunk`.
+    chunk: rows a chunk, None for CHUNK or CPU_CHUNK.
     """
     chunk = chunk or (CPU_CHUNK if hidden.device.type == "cpu" else CHUNK)
     arguments = (hidden, weight, targets, vocab, cap, chunk)
@@ -125,7 +125,7 @@ def linear_cross_entropy(
     elif reduction == "none":
         losses = _PerRow.apply(*arguments)
     else:
-        losses = _Chunked.apply(*arguments, score or score_chunk)
+        losses = _Chunked.apply(*arguments)
     if reduction == "none":
         return losses
     return losses.sum() / _count(targets) if reduction == "mean" else losses.sum()
