@@ -1,4 +1,4 @@
-"""How fast the model trains on this machine: tokens/s eager and compiled, by part, against plain twins in the same run.
+"""How fast the model trains here: tokens/s plain, as training runs it, and by part, against twins in the same run.
 
 python -m scripts.bench_model                                    # the depth-4 model of dev/bench on CPU, about a minute
 python -m scripts.bench_model --depth=12 --head-dim=128 --window-pattern=SSSL --sequence-len=2048 --vocab-size=32768
@@ -32,7 +32,7 @@ class Config:
     attention: str = "auto"  # backend
     turns: int = 4  # each thing is timed so often; the best counts
     threads: int = 0  # CPU threads; 0: as torch chooses
-    compile: bool = True  # also compiled (on CPU the first compilation takes half a minute)
+    compile: bool = False  # also by torch.compile (training uses it on CUDA; on CPU compiling takes a minute or two)
     parts: bool = True  # also by part
     device_type: str = ""  # cuda, cpu, mps; empty: the best there is
 
@@ -130,11 +130,13 @@ def main(cfg: Config) -> dict:
     tokens = ids.numel()
     # 3. training steps -----------------------------------------------------------------------------------------------
     steps = {
-        "eager": training(model, model, ids, targets),
-        "eager, plain loss": training(plainly(model), model, ids, targets),
+        "plain": training(model, model, ids, targets),
+        "plain, all logits at once": training(plainly(model), model, ids, targets),
     }
     compile_seconds = {}
-    for name, forward in (("compiled", model), ("compiled, plain loss", plainly(model))) if cfg.compile else ():
+    if rt.device.type == "cpu":
+        steps["blocks by hand"] = training(model.by_hand(), model, ids, targets)
+    for name, forward in (("compiled", model), ("compiled, all logits at once", plainly(model))) if cfg.compile else ():
         steps[name] = training(torch.compile(forward, dynamic=False), model, ids, targets)
         began = time.perf_counter()
         steps[name]()
