@@ -120,7 +120,7 @@ def test_no_training_document_works_out_or_types_a_held_out_pair():
         ):
             seen += int(a) >= sums.SMALL
             assert not sums.held_out(int(a), int(b)), (i, a, b)
-    assert seen > 50
+    assert seen > 30
 
 
 def test_skills_keep_their_combinations_apart():

@@ -7,7 +7,9 @@ problem are hashed: one pair in ten belongs to the test split and is never seen 
 operator.
 
 Kinds, easy first: plain ("What is 482 + 37?"), swapped ("Take 37 from 482."), story (one step in words), chain (three
-numbers), large (four and five digits), two_step (a story with two steps).
+numbers), large (four and five digits), two_step (a story with two steps). Of the kinds of BEYOND fine-tuning shows
+few, so that something is left to reinforcement: long (six and seven digits), four (four numbers to add), products (two
+products to add).
 """
 
 import random
@@ -19,7 +21,8 @@ from nanochat.tinyworld import questions
 
 EASY = ("plain", "swapped", "story")
 HARD = ("chain", "large", "two_step")
-KINDS = EASY + HARD
+BEYOND = ("long", "four", "products")
+KINDS = EASY + HARD + BEYOND
 SMALL = 25  # sums of smaller numbers are taught whole by the documents
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Ella", "Finn", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo", "Mia", "Noah")
@@ -298,6 +301,33 @@ def make_two_step(rng: random.Random, test: bool) -> Problem:
     )
 
 
+def make_long(rng: random.Random, test: bool) -> Problem:
+    """Plain, in symbols, with numbers of six and seven digits."""
+    op = operator(rng, "+-")
+    a, b = operands(rng, test, op, (6, 7))
+    expression = f"{a} {op} {b}"
+    return Problem("long", ask(rng, expression, expression), expression, value_of(a, op, b), rng.choice(REPLIES))
+
+
+def many(rng: random.Random, test: bool, kind: str, form: str, last: tuple[int, int]) -> Problem:
+    """Four numbers in symbols: a pair of the split and two more, of as many digits as `last` says."""
+    a, b = pair(rng, test, (2, 3), (2,))
+    c, d = (digits(rng, n) for n in last)
+    value = a + b + c + d if kind == "four" else a * b + c * d
+    expression = form.format(a=a, b=b, c=c, d=d)
+    return Problem(kind, ask(rng, expression, expression), expression, value, rng.choice(REPLIES))
+
+
+def make_four(rng: random.Random, test: bool) -> Problem:
+    """Four numbers to add."""
+    return many(rng, test, "four", "{a} + {b} + {c} + {d}", (2, 3))
+
+
+def make_products(rng: random.Random, test: bool) -> Problem:
+    """A product and another one to add."""
+    return many(rng, test, "products", "{a} * {b} + {c} * {d}", (2, 2))
+
+
 MAKERS = {
     "plain": make_plain,
     "swapped": make_swapped,
@@ -305,9 +335,14 @@ MAKERS = {
     "chain": make_chain,
     "large": make_large,
     "two_step": make_two_step,
+    "long": make_long,
+    "four": make_four,
+    "products": make_products,
 }
-TALK_WEIGHTS = {"plain": 60, "swapped": 8, "story": 16, "chain": 5, "large": 5, "two_step": 6}
-HARD_WEIGHTS = {"plain": 20, "swapped": 15, "story": 20, "chain": 15, "large": 10, "two_step": 20}
+TALK_WEIGHTS = {
+    "plain": 55, "swapped": 8, "story": 15, "chain": 5, "large": 5, "two_step": 5, "long": 3, "four": 2, "products": 2,
+}  # fmt: skip
+HARD_WEIGHTS = dict.fromkeys(EASY + HARD, 8) | dict.fromkeys(BEYOND, 20)  # what reinforcement learns and is judged by
 
 
 def problem(rng: random.Random, test: bool, weights: dict[str, int] = TALK_WEIGHTS) -> Problem:

@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 
 WEIGHTS = {
     "facts": 56.0,
-    "sums": 15.0,
+    "sums": 19.0,
     "about_me": 8.0,
     "chatter": 2.5,
     "unknown": 3.0,

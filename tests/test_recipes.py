@@ -1,0 +1,56 @@
+"""The recipes as shell: stages run in order, a killed run goes on with the stage it was in, sizes come from outside."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ["tok_train", "base_train", "base_eval", "chat_sft", "chat_eval", "chat_rl", "chat_eval", "report"]
+PYTHON = '() { echo "$*" >>"$CALLS"; if [ "$(wc -l <"$CALLS")" = "$KILL_AT" ]; then kill -$HOW $$; sleep 1; fi; }'
+
+
+def speedrun(folder: Path, kill_at: int = 0, how: str = "KILL", **sizes: str) -> tuple[int, list[str]]:
+    """(exit status, commands it gave to python so far) of runs/speedrun.sh with a python that only takes notes."""
+    calls = folder / "calls"
+    own = {
+        "BASH_FUNC_python%%": PYTHON, "CALLS": str(calls), "KILL_AT": str(kill_at), "HOW": how, "SKIP_SETUP": "1",
+        "POCKET": "1", "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(folder / "base"),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(ROOT / "runs" / "speedrun.sh")], env=os.environ | own | sizes, capture_output=True, timeout=60
+    )
+    return done.returncode, calls.read_text().splitlines()
+
+
+def stages(calls: list[str]) -> list[str]:
+    return [call.split()[1].removeprefix("scripts.") for call in calls]
+
+
+def test_the_pocket_run_chains_every_stage_and_runs_none_twice(tmp_path):
+    assert speedrun(tmp_path)[0] == 0
+    status, calls = speedrun(tmp_path)
+    assert status == 0 and stages(calls) == [*STAGES, "report"]  # the second time only the report is made anew
+
+
+@pytest.mark.parametrize("how", ["KILL", "TERM"])
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_a_killed_recipe_goes_on_with_the_stage_it_was_in(tmp_path, how, at):
+    status, calls = speedrun(tmp_path, kill_at=at, how=how)
+    assert status == -getattr(signal, f"SIG{how}") and stages(calls) == STAGES[:at]
+    status, calls = speedrun(tmp_path)
+    assert status == 0 and stages(calls) == STAGES[:at] + STAGES[at - 1 :]
+
+
+def test_a_stage_whose_command_changed_runs_again(tmp_path):
+    speedrun(tmp_path)
+    _, calls = speedrun(tmp_path, SFT_STEPS="7")
+    assert stages(calls)[len(STAGES) :] == ["chat_sft", "report"] and "--num-iterations=7" in calls[len(STAGES)]
+
+
+def test_every_training_stage_can_go_on(tmp_path):
+    _, calls = speedrun(tmp_path)
+    trained = [call for call in calls if "_train " in call or "chat_sft" in call or "chat_rl" in call][1:]
+    assert len(trained) == 3 and all("--resume" in call and "--save-every" in call for call in trained)
