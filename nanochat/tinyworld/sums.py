@@ -8,7 +8,7 @@ operator.
 
 Kinds, easy first: plain ("What is 482 + 37?"), swapped ("Take 37 from 482."), story (one step in words), chain (three
 numbers), large (four and five digits), two_step (a story with two steps). Of the kinds of BEYOND fine-tuning shows
-few, so that something is left to reinforcement: long (six and seven digits), four (four numbers to add), products (two
+few, so that something is left to reinforcement: long (six to eight digits), four (four numbers to add), products (two
 products to add).
 """
 
@@ -302,9 +302,9 @@ def make_two_step(rng: random.Random, test: bool) -> Problem:
 
 
 def make_long(rng: random.Random, test: bool) -> Problem:
-    """Plain, in symbols, with numbers of six and seven digits."""
+    """Plain, in symbols, with numbers of six to eight digits."""
     op = operator(rng, "+-")
-    a, b = operands(rng, test, op, (6, 7))
+    a, b = operands(rng, test, op, (6, 7, 8))
     expression = f"{a} {op} {b}"
     return Problem("long", ask(rng, expression, expression), expression, value_of(a, op, b), rng.choice(REPLIES))
 
@@ -340,9 +340,9 @@ MAKERS = {
     "products": make_products,
 }
 TALK_WEIGHTS = {
-    "plain": 55, "swapped": 8, "story": 15, "chain": 5, "large": 5, "two_step": 5, "long": 3, "four": 2, "products": 2,
+    "plain": 55, "swapped": 8, "story": 15, "chain": 5, "large": 5, "two_step": 5, "long": 3, "four": 1, "products": 1,
 }  # fmt: skip
-HARD_WEIGHTS = dict.fromkeys(EASY + HARD, 8) | dict.fromkeys(BEYOND, 20)  # what reinforcement learns and is judged by
+HARD_WEIGHTS = dict.fromkeys(EASY + HARD, 5) | {"long": 40, "four": 15, "products": 15}  # what reinforcement learns and is judged by
 
 
 def problem(rng: random.Random, test: bool, weights: dict[str, int] = TALK_WEIGHTS) -> Problem:
