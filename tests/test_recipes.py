@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.errors import UserError
+from scripts import bench_recipe_kill
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["tok_train", "base_train", "base_eval", "chat_sft", "chat_eval", "chat_rl", "chat_eval", "report"]
 PYTHON = '() { echo "$*" >>"$CALLS"; if [ "$(wc -l <"$CALLS")" = "$KILL_AT" ]; then kill -$HOW $$; sleep 1; fi; }'
@@ -54,3 +57,26 @@ def test_every_training_stage_can_go_on(tmp_path):
     _, calls = speedrun(tmp_path)
     trained = [call for call in calls if "_train " in call or "chat_sft" in call or "chat_rl" in call][1:]
     assert len(trained) == 3 and all("--resume" in call and "--save-every" in call for call in trained)
+
+
+# -- scripts.bench_recipe_kill, on a recipe whose python only writes "weights" ---------------------------------------
+
+WRITES = """() { case "$2" in
+scripts.base_train) at=base_checkpoints;; scripts.chat_sft) at=chatsft_checkpoints;;
+scripts.chat_rl) at=chatrl_checkpoints;;
+*) return;; esac; sleep 0.4; mkdir -p "$NANOCHAT_BASE_DIR/$at/pocket/step_000007"
+echo "$2 $SALT" >"$NANOCHAT_BASE_DIR/$at/pocket/step_000007/model.safetensors"; }"""
+
+
+@pytest.mark.slow
+def test_the_kill_bench_tells_equal_from_different_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASH_FUNC_python%%", WRITES)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("SALT", "")
+    cfg = bench_recipe_kill.Config(runs=2, kills=1, out=str(tmp_path / "out.json"))
+    whole = bench_recipe_kill.main(cfg)
+    assert whole["same"] == whole["of"] == 2 and "none" not in " ".join(whole["untouched"].values())
+    assert {kill["signal"] for run in whole["runs"] for kill in run["kills"][:-1]} == {"SIGKILL", "SIGTERM"}
+    monkeypatch.setenv("BASH_FUNC_python%%", WRITES.replace("$SALT", "$RANDOM"))
+    with pytest.raises(UserError, match="2 of 2 runs ended elsewhere"):
+        bench_recipe_kill.main(cfg)

@@ -342,7 +342,11 @@ MAKERS = {
 TALK_WEIGHTS = {
     "plain": 55, "swapped": 8, "story": 15, "chain": 5, "large": 5, "two_step": 5, "long": 3, "four": 1, "products": 1,
 }  # fmt: skip
-HARD_WEIGHTS = dict.fromkeys(EASY + HARD, 5) | {"long": 40, "four": 15, "products": 15}  # what reinforcement learns and is judged by
+HARD_WEIGHTS = dict.fromkeys(EASY + HARD, 5) | {
+    "long": 40,
+    "four": 15,
+    "products": 15,
+}  # what reinforcement learns and is judged by
 
 
 def problem(rng: random.Random, test: bool, weights: dict[str, int] = TALK_WEIGHTS) -> Problem:
