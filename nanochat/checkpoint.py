@@ -1,4 +1,4 @@
-"""Checkpoints: one directory a step that is either complete or absent; save, find, verify, load.
+"""Checkpoints: one directory a step that is either complete or absent; find, verify, load.
 
     base_dir()/{base,chatsft,chatrl}_checkpoints/<tag>/step_000300/
         model.safetensors   weights, fp32, state-dict names; its metadata names stage, step and tokenizer
@@ -7,30 +7,24 @@
         rank_0.json ...     what each rank alone knows: loader position, random state
         manifest.json       size and sha256 of every other file; written last
 
-All of it is written and fsynced under `.tmp-step_000300`, which is then renamed; a directory without a manifest does
-not count. No pickle: tensors are safetensors, all else is strict JSON. The script saves before it evaluates anything.
+nanochat/saving.py writes and fsyncs all of it under `.tmp-step_000300`, which is then renamed; a directory without a
+manifest does not count. No pickle: tensors are safetensors, all else is strict JSON.
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from nanochat import paths, record
+from nanochat import paths
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import Runtime
 
 FORMAT = 1
 FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
@@ -44,124 +38,6 @@ def folder(source: str) -> Path:
     if source not in FOLDERS:
         raise UserError(f"Source {source!r} is unknown: use one of {', '.join(FOLDERS)}.")
     return paths.base_dir() / FOLDERS[source]
-
-
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
-def save(root: Path, step: int, *, model: torch.nn.Module, optimizer=None, meta: Mapping[str, Any], runtime: Runtime,
-         rank_state: Mapping[str, Any] | None = None, keep: int | None = None) -> Path:  # fmt: skip
-    """Write `root/step_<step>`; every rank calls it. `keep` = how many complete steps stay (None: all).
-
-    A failure on any rank (a full disk, a read-only folder) is the same UserError on all, and nothing is left half.
-    """
-    root = Path(root)
-    final, tmp = root / f"step_{step:06d}", root / f".tmp-step_{step:06d}"
-    moments = optimizer.state() if optimizer is not None else None  # collective
-    with _together(runtime, tmp):
-        if runtime.main:
-            for stale in (tmp, final.with_name(f".old-{final.name}")):
-                shutil.rmtree(stale, ignore_errors=True)
-            tmp.mkdir(parents=True)
-    with _together(runtime, tmp):
-        _write_json(tmp / f"rank_{runtime.rank}.json", dict(rank_state or {}))
-        if runtime.main:
-            _write_rest(tmp, step, model, moments, meta, runtime.world)
-    with _together(runtime, tmp):
-        if runtime.main:
-            _seal(tmp, final)
-    if runtime.main and keep:
-        prune(root, keep, step)
-    return final
-
-
-@contextlib.contextmanager
-def _together(runtime: Runtime, tmp: Path) -> Iterator[None]:
-    """Run a part of saving on each rank; if one fails, all raise its sentence, and the temporary folder is gone."""
-    sentence = ""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        sentence = _why(error, tmp)
-    sentences = [s for s in runtime.gather(sentence) if s]
-    if sentences:
-        if runtime.main:
-            shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(sentences[0])
-
-
-def _why(error: Exception, tmp: Path) -> str:
-    text = f"{error.strerror or error}" if isinstance(error, OSError) else str(error)
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
-    remedy = "free some space or lower --keep" if full else "make it writable"
-    what = "the disk is full" if full else text
-    return (
-        f"The checkpoint in {tmp.parent} could not be saved ({what}): {remedy}, then resume; older ones are untouched."
-    )
-
-
-def _write_rest(tmp: Path, step: int, model, moments, meta, world: int) -> None:
-    meta = {**meta, "format": FORMAT, "step": step, "world": world}
-    label = {name: meta.get(name) for name in ("stage", "step", "tokenizer")}
-    labels = {"nanochat": json.dumps(label)}  # one key: with several, safetensors writes them in a random order
-    _write_tensors(tmp / "model.safetensors", model.state_dict(), labels)
-    if moments is not None:
-        _write_tensors(tmp / "optim.safetensors", moments, labels)
-    _write_json(tmp / "meta.json", meta)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], labels: dict[str, str]) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=labels)
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(record.plain(value), file, indent=1, allow_nan=False)  # not finite -> null: no save is lost to a NaN
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _seal(tmp: Path, final: Path) -> None:
-    """Write the manifest, make the folder durable, give it its name."""
-    names = sorted(p.name for p in tmp.iterdir())
-    files = {name: {"bytes": (tmp / name).stat().st_size, "sha256": paths.sha256(tmp / name)} for name in names}
-    _write_json(tmp / "manifest.json", {"format": FORMAT, "files": files, "sha256": _digest(files)})
-    paths.sync_folder(tmp)
-    before = final.with_name(f".old-{final.name}")
-    if final.exists():
-        os.replace(final, before)
-    os.replace(tmp, final)
-    paths.sync_folder(final.parent)
-    paths.sync_folder(final.parent.parent)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def _digest(files: dict[str, dict]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def prune(root: Path, keep: int, written: int | None = None) -> list[int]:
-    """Remove complete steps but the newest `keep` (at least one) and the one just `written`; returns the removed."""
-    removed = [step for step in complete_steps(root)[: -max(keep, 1)] if step != written]
-    for step in removed:
-        path = root / f"step_{step:06d}"
-        (path / "manifest.json").unlink()  # from here on it does not count, wherever the removal stops
-        shutil.rmtree(path)
-    return removed
-
-
-def set_aside(root: Path) -> Path | None:
-    """Move an earlier run's checkpoints into `root/before_<n>`: a run that starts afresh must not resume from them."""
-    earlier = [p for p in sorted(root.glob("*step_*")) if STEP.fullmatch(p.name.removeprefix(".tmp-"))]
-    if not earlier:
-        return None
-    target = root / f"before_{1 + len(list(root.glob('before_*')))}"
-    target.mkdir()
-    for path in earlier:
-        os.replace(path, target / path.name)
-    return target
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -246,6 +122,11 @@ def _list(things: list) -> str:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
+def digest(files: dict[str, dict]) -> str:
+    """The checksum of a manifest's list of files, by which a change of the manifest itself is found."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def load(path: Path | str) -> "Checkpoint":
     """Open a checkpoint directory; its manifest and meta.json are checked now, each other file when it is read."""
     path = Path(path)
@@ -256,7 +137,7 @@ def load(path: Path | str) -> "Checkpoint":
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise UserError(f"{path / 'manifest.json'} has format {found}, this version reads {FORMAT}: update nanochat.")
     files = manifest.get("files")
-    if not isinstance(files, dict) or manifest.get("sha256") != _digest(files):
+    if not isinstance(files, dict) or manifest.get("sha256") != digest(files):
         raise UserError(f"{path / 'manifest.json'} is damaged: remove {path} and use an older step.")
     checkpoint = Checkpoint(path, files)
     checkpoint.meta = paths.read_json(checkpoint.checked("meta.json"))

@@ -2,7 +2,7 @@
 
 The file is the truth that reports, recipes and resumes read; the console is for watching. Only rank 0 writes. A row:
 `{"kind": "start"|"step"|"eval"|..., "time": unix seconds, "step": ..., ...}`. Values that JSON can't hold (NaN,
-infinities) become null. After a resume at step s, rows of later steps from the earlier life are superseded, and a fresh
+infinities) become null. After a resume at step s, or a rollback to it, rows of later steps are superseded, and a fresh
 start under the same name supersedes all: `read` drops them. Evaluations (stage `*_eval`) only add.
 """
 
@@ -47,9 +47,11 @@ class Record:
         run: str = "dummy",
         main: bool = True,
         resume_step: int | None = None,
+        wandb_id: str | None = None,
     ):
         self.main = main
         self.wandb = None
+        self.lost = 0  # rows in a row that could not be written
         self.path = Path(path)
         if not main:
             return
@@ -59,23 +61,54 @@ class Record:
         except OSError as error:
             raise UserError(f"The record {self.path} can't be written ({error.strerror}).") from error
         if run != "dummy":
-            self.wandb = self._wandb(run, stage, plain(config))
-        self.event("start", stage=stage, run=run, config=config, argv=sys.argv[1:], resume_step=resume_step)
+            self.wandb = self._wandb(run, stage, plain(config), wandb_id)
+        self.event("start", stage=stage, run=run, config=config, argv=sys.argv[1:], resume_step=resume_step,
+                   wandb=self.wandb_id)  # fmt: skip
 
     @staticmethod
-    def _wandb(run: str, stage: str, config: dict) -> Any:
+    def _wandb(run: str, stage: str, config: dict, known: str | None) -> Any:
         import wandb
 
         signed_in = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if signed_in else "offline")
-        return wandb.init(project="nanochat", name=run, group=stage, config=config, mode=mode)
+        again = {"id": known, "resume": "allow"} if known else {}
+        return wandb.init(project="nanochat", name=run, group=stage, config=config, mode=mode, **again)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The run's id at wandb, for a resume to go on in the same run; None where it is not used."""
+        return self.wandb.id if self.wandb is not None else None
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append one row; the file is open only for that long, so a run that dies leaves nothing behind."""
-        if self.main:
-            row = {"kind": kind, "time": round(time.time(), 3), **plain(values)}
+        """Append one row; the file is open only for that long, so a run that dies leaves nothing behind.
+
+        A disk that is full costs rows, not the run: it is told once, and the next row that fits begins a new line.
+        """
+        if not self.main:
+            return
+        row = {"kind": kind, "time": round(time.time(), 3), **plain(values)}
+        text = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+        try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+                file.write("\n" + text if self.lost else text)
+            self.lost = 0
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                self.say(f"note: {self.path} can't be written ({error.strerror}): rows are lost until it can.")
+
+    def note(self, kind: str, text: str, **values: Any) -> None:
+        """Append a row about something out of the ordinary, and tell people."""
+        self.event(kind, text=text, **values)
+        self.say(f"note: {text}")
+
+    def saves(self, news: list[dict]) -> None:
+        """Append what became of saves (`Saver.news`): one that failed is told, the run goes on."""
+        for one in news:
+            if "error" in one:
+                self.note("save_failed", f"{one['error']} The run goes on.")
+            else:
+                self.event("saved", **one)
 
     def step(self, step: int, console: str = "", **values: Any) -> None:
         """Append a training step; `console` is the line for people."""
@@ -134,5 +167,7 @@ def read(path: Path | str) -> list[dict]:
         if row.get("kind") == "start" and not row["stage"].endswith("_eval"):
             step = row.get("resume_step")
             rows = [] if step is None else [old for old in rows if _stands(old, step)]
+        if row.get("kind") == "rollback":
+            rows = [old for old in rows if _stands(old, row["step"])]
         rows.append(row)
     return rows

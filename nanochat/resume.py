@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nanochat import checkpoint, train
+from nanochat import checkpoint, dataloader, faults, record, saving, train
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 
@@ -16,7 +16,8 @@ from nanochat.runtime import Runtime
 FREE = {
     "run", "device_type", "resume", "resume_from_step", "force", "keep", "save_every", "eval_every", "eval_tokens",
     "sample_every", "core_metric_every", "core_metric_max_per_task", "compile", "attention", "model_tag", "bundle",
-    "chatcore_every", "chatcore_max_cat", "chatcore_max_sample", "eval_examples",
+    "chatcore_every", "chatcore_max_cat", "chatcore_max_sample", "eval_examples", "keep_every", "keep_best",
+    "watchdog", "spike", "spike_action", "device_batch_size",
 }  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def point(
 ) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The checkpoint to go on from (None: start afresh) and a sentence for each one passed over. Collective."""
     if not resume and step is None:
-        aside = checkpoint.set_aside(root) if runtime.main and root.is_dir() else None
+        aside = saving.set_aside(root) if runtime.main and root.is_dir() else None
         runtime.barrier()
         return None, [f"an earlier run of this name was moved to {aside}."] if aside else []
     choice: dict[str, Any] = {"path": None, "notes": [], "error": ""}
@@ -54,29 +55,74 @@ def conflicts(cfg: Any, saved: dict[str, Any]) -> list[str]:
     ]
 
 
-def check(cfg: Any, found: checkpoint.Checkpoint, tokenizer: Any, force: bool = False) -> None:
-    """Refuse to go on with other flags (unless forced) or with another tokenizer."""
+def check(
+    cfg: Any, found: checkpoint.Checkpoint, tokenizer: Any, force: bool = False, batch: int | None = None
+) -> None:
+    """Refuse to go on with other flags or another `batch` (tokens an update) unless forced, or another tokenizer."""
     checkpoint.check_tokenizer(found, tokenizer)
     differ = conflicts(cfg, found.meta["user_config"])
+    plan = found.meta.get("plan") or {}
+    was = (plan.get("sft") or plan).get("batch")
+    if batch is not None and was not in (None, batch):  # fitted to another number of ranks, say
+        differ.append(f"an update has {batch:,} tokens now, but {was:,} so far: give --total-batch-size={was}.")
     if differ and not force:
         remedy = "Give the old flags, another --model-tag, or --force to go on with the new ones."
         raise UserError("\n  ".join([f"{found.path} can't be resumed with these flags:", *differ, remedy]))
 
 
-def restore(
-    found: checkpoint.Checkpoint, model: Any, optimizer: Any, runtime: Runtime
-) -> tuple[train.Meter, train.Scaler, list[dict]]:
-    """Put weights, moments, meter, scaler and random state back -> (meter, scaler, each rank's loader state).
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands beside its weights and moments: what `restore` gives back and a checkpoint's meta keeps."""
 
-    On another world size each rank begins a random state of its own; loader states can be merged from all ranks.
+    meter: train.Meter
+    scaler: train.Scaler
+    spikes: faults.Spikes
+    loader: dict | None = None  # to continue the data after
+    scores: dict = dataclasses.field(default_factory=dict)  # by step, for retention
+    wandb: str | None = None  # the run's id there
+
+    @classmethod
+    def fresh(cls, dtype: Any, deviations: float | None = None) -> "Progress":
+        """That of a run which begins."""
+        return cls(train.Meter(), train.Scaler.of(dtype), faults.Spikes(deviations))
+
+    def meta(self, log: record.Record) -> dict[str, Any]:
+        """What a checkpoint's meta keeps of it; the loader's state is each rank's own."""
+        parts = {name: getattr(self, name).state() for name in ("meter", "scaler", "spikes")}
+        return parts | {"wandb": log.wandb_id}
+
+
+def restore(
+    found: checkpoint.Checkpoint, model: Any, optimizer: Any, runtime: Runtime, deviations: float | None = None
+) -> Progress:
+    """Put weights, moments and random state back, set later checkpoints aside, and say where the run stood.
+
+    On another world size each rank begins a random state of its own, and the loader's states are merged.
     """
-    checkpoint.restore(model, found.weights(runtime.device), found.path)
     moments = found.optimizer()
     if moments is None:
         raise UserError(f"{found.path} holds no optimizer state: it can be used, but not resumed.")
+    checkpoint.restore(model, found.weights(runtime.device), found.path)
     optimizer.load_state(moments)
     states = found.rank_states()
     if found.world == runtime.world:
         train.set_rng_state(states[runtime.rank]["rng"])
-    loaders = [state.get("loader") or {} for state in states]
-    return train.Meter(**found.meta["meter"]), train.Scaler(**found.meta["scaler"]), loaders
+    if runtime.main:
+        saving.set_aside(found.path.parent, beyond=found.step)
+    meta, loaders = found.meta, [state.get("loader") for state in states]
+    return Progress(
+        train.Meter(**meta["meter"]), train.Scaler(**meta["scaler"]),
+        faults.Spikes(deviations, **(meta.get("spikes") or {})),
+        dataloader.merge_states(loaders) if loaders[0] else None, meta.get("scores") or {}, meta.get("wandb"),
+    )  # fmt: skip
+
+
+def roll_back(saver: saving.Saver, model: Any, optimizer: Any, at: Progress, runtime: Runtime) -> tuple[Progress, int]:
+    """Go back to the newest checkpoint but leave the data where it is -> (where the run stands, its step)."""
+    saver.wait()
+    found, _ = point(saver.root, True, None, runtime)
+    if found is None:
+        raise UserError(f"There is a spike ({at.spikes.why}) and no checkpoint to go back to: set --save-every.")
+    at.spikes.rolled_back(found.step)
+    back = restore(found, model, optimizer, runtime, at.spikes.deviations)
+    return dataclasses.replace(back, spikes=at.spikes, loader=at.loader, scores=at.scores), found.step

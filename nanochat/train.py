@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from nanochat import faults
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 
@@ -147,25 +148,23 @@ class Scaler:
         return dataclasses.asdict(self)
 
 
-def check_finite(loss: float, norm: float, *, step: int, position: Any, layers: list[str] | None = None) -> None:
-    """Stop the run if the loss or the gradient is NaN or infinite; called before the update, so weights stay good."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-    where = f" (first in {', '.join(layers[:3])})" if layers else ""
-    raise UserError(
-        f"Step {step}: {what}{where} at data position {position}; the weights were not updated. "
-        "Resume from the last checkpoint with a lower learning rate, or look at that data."
-    )
-
-
 def optimizer_step(optimizer, scaler: Scaler, loss: float, *, step: int, position: Any, lr_mult: float,
-                   momentum: float, weight_decay: float = 0.0) -> float:  # fmt: skip
-    """Average the gradients, check them, update (skip if fp16 overflows), forget them. Returns the gradient norm."""
+                   momentum: float, weight_decay: float = 0.0, spikes: faults.Spikes | None = None,
+                   suspect: tuple = ()) -> float:  # fmt: skip
+    """Average the gradients, check them, update, forget them. Returns the gradient norm.
+
+    The update is left out where fp16 overflows and where `spikes` says so. `loss` is that of all ranks; `suspect` is
+    the model and what to run it on to find where a loss that is not finite comes from.
+    """
     norm = optimizer.reduce(scaler.scale)
-    bad = [] if math.isfinite(norm) else optimizer.nonfinite()
-    check_finite(loss, 0.0 if scaler.enabled else norm, step=step, position=position, layers=bad)
-    if scaler.accept(norm):
+    if not math.isfinite(loss):
+        where = faults.forward_culprit(*suspect) if suspect else ""
+        where = next(filter(None, optimizer.runtime.gather(where)), "")  # perhaps only one rank's data is to blame
+        faults.check_finite(loss, norm, step=step, position=position, where=where)
+    elif not math.isfinite(norm) and not scaler.enabled:
+        where = faults.backward_culprit(optimizer.nonfinite())
+        faults.check_finite(loss, norm, step=step, position=position, where=where)
+    if scaler.accept(norm) and not (spikes and spikes.judge(step, loss, norm)):
         optimizer.step(lr_mult, momentum, weight_decay)
     optimizer.zero_grad()
     return norm

@@ -30,9 +30,11 @@ from nanochat import (
     resume,
     runtime,
     samples,
+    saving,
     scaling,
     schedule,
     train,
+    watch,
 )
 from nanochat.errors import Stopped, refuse
 from nanochat.gpt import GPT
@@ -85,9 +87,14 @@ class Config:
     # saving
     save_every: int = -1  # updates; the end is always saved, before it is evaluated
     keep: int = 2  # newest checkpoints kept; -1: all
+    keep_every: int = -1  # also keep each checkpoint whose step is a multiple of this
+    keep_best: bool = False  # also keep the checkpoint with the best validation bpb
     resume: bool = False  # go on from the newest complete checkpoint, or start if there is none
     resume_from_step: int = -1  # go on from exactly this step
     force: bool = False  # resume although flags differ from those the run was started with
+    watchdog: float = 10.0  # write every rank's stacks when a step takes so many times the median; -1: never
+    spike: float = -1.0  # deviations above the recent loss or gradient norm that make a step a spike; -1: no rule
+    spike_action: str = "skip"  # skip the update, or rollback: to the last checkpoint, without the data since
     model_tag: str = ""  # name of the run's folder; empty: d<depth>
 
 
@@ -159,6 +166,8 @@ def check(cfg: Config) -> None:
         problems.append(f"--fp8-recipe={cfg.fp8_recipe} is not offered: tensorwise is (rowwise is slower than bf16).")
     if cfg.eval_tokens < 0:
         problems.append(f"--eval-tokens={cfg.eval_tokens} must be 0 (no bpb) or more.")
+    if cfg.spike_action not in ("skip", "rollback"):
+        problems.append(f"--spike-action={cfg.spike_action} is unknown: use skip or rollback.")
     if cfg.resume and cfg.resume_from_step >= 0:
         problems.append("give --resume or --resume-from-step, not both.")
     refuse(problems)
@@ -208,16 +217,14 @@ def main(cfg: Config) -> dict:
     # 4. model and optimizer ------------------------------------------------------------------------------------------
     model = build(plan, cfg, rt, backend.attend)
     optimizer = optim.MuonAdamW(model.roles(), plan.lrs, rt)
-    meter, scaler, loader_state, start = train.Meter(), train.Scaler.of(rt.dtype), None, 0
+    at, start = resume.Progress.fresh(rt.dtype, off(cfg.spike)), 0
     found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
     if found:
-        resume.check(cfg, found, tokenizer, cfg.force)
-        meter, scaler, states = resume.restore(found, model, optimizer, rt)
-        loader_state = dataloader.merge_states(states) if states[0] else None
-        start = found.step
+        resume.check(cfg, found, tokenizer, cfg.force, plan.batch)
+        at, start = resume.restore(found, model, optimizer, rt, off(cfg.spike)), found.step
     forward, how = train.fastest(model, rt, cfg.compile != "off")
     log = record.Record(root / "record.jsonl", run=cfg.run, stage="base", config=cfg, main=rt.main,
-                        resume_step=start if found else None)  # fmt: skip
+                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
     log.event("plan", plan=plan, device=name, dtype=rt.dtype_reason, attention=backend.name, compile=how)
     log.say(describe(plan, rt, name, backend, how))
     for note in (*plan.notes, *notes):
@@ -230,24 +237,26 @@ def main(cfg: Config) -> dict:
     }  # fmt: skip
     loader = dataloader.pretrain_loader(
         corpus, tokenizer, "train", rows=plan.device_batch_size, seq_len=cfg.max_seq_len, rank=rt.rank, world=rt.world,
-        device=rt.device, mode=cfg.packing, state=loader_state,
+        device=rt.device, mode=cfg.packing, state=at.loader,
     )  # fmt: skip
-    with log, contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
-        batch = None
-        for step in range(start, plan.iterations + 1):
+    saver = saving.Saver(root, rt, saving.Keep(off(cfg.keep), off(cfg.keep_every), cfg.keep_best), at.scores)
+    watched = watch.Watch(log, rt, off(cfg.watchdog))
+    with log, contextlib.closing(loader), saver, watched, train.StopSignal() as stop, train.calm_gc() as calm:
+        step, here, batch = start, start if found else -1, None  # `here`: the step whose checkpoint is already there
+        while True:
             last, signum = step == plan.iterations, stop.agreed(rt)
-            if signum or ((last or train.due(step, off(cfg.save_every))) and not (found and step == start)):
-                state = {"loader": batch.state if batch else loader_state, "rng": train.rng_state()}
-                checkpoint.save(
-                    root, step, model=model, optimizer=optimizer, runtime=rt, rank_state=state, keep=off(cfg.keep),
-                    meta=meta | {"meter": meter.state(), "scaler": scaler.state()},
-                )  # fmt: skip
+            if (signum or last or train.due(step, off(cfg.save_every))) and step != here:
+                state = {"loader": batch.state if batch else at.loader, "rng": train.rng_state()}
+                saver.save(step, model=model, optimizer=optimizer, rank_state=state, meta=meta | at.meta(log),
+                           wait=bool(last or signum))  # fmt: skip
+            log.saves(saver.news())
             if signum:
                 log.event("stopped", step=step, signal=signum)
                 raise Stopped(signum, f"stopped by signal {signum} at step {step}: saved; --resume goes on from here.")
             if cfg.eval_tokens and (last or train.due(step, off(cfg.eval_every), first=True)):
                 metrics["val_bpb"] = bpb(model, corpus, tokenizer, cfg, plan, rt)
                 metrics["min_val_bpb"] = min(metrics.get("min_val_bpb", math.inf), metrics["val_bpb"])
+                saver.score(step, metrics["val_bpb"])
                 log.eval(step, f"step {step:5d} | validation bpb {metrics['val_bpb']:.4f}", val_bpb=metrics["val_bpb"])
             if bundle and train.due(step, core_every, last):
                 with train.resting(model):
@@ -262,33 +271,45 @@ def main(cfg: Config) -> dict:
             if last:
                 break
             began = time.perf_counter()
+            watched.begin(step)
             for micro in range(plan.accum):
                 batch = next(loader)
                 total = forward(batch.inputs, batch.targets, reduction="sum")  # as in fine-tuning: one compiled graph
-                scale = scaler.scale / (plan.accum * batch.targets.numel())
+                scale = at.scaler.scale / (plan.accum * batch.targets.numel())
                 optimizer.backward(total * scale, last=micro + 1 == plan.accum)
-                meter.add(total / batch.targets.numel(), batch.targets.numel())
-            loss = meter.mean(rt)
+                at.meter.add(total / batch.targets.numel(), batch.targets.numel())
+            loss = at.meter.mean(rt)
             lr_mult = schedule.lr(step, plan.iterations, plan.warmup_steps, plan.warmdown_ratio, plan.final_lr_frac)
             norm = train.optimizer_step(
-                optimizer, scaler, loss, step=step, position=f"{meter.tokens:,} tokens", lr_mult=lr_mult,
-                momentum=schedule.momentum(step, plan.iterations, plan.warmdown_ratio),
+                optimizer, at.scaler, loss, step=step, spikes=at.spikes, suspect=(model, batch.inputs),
+                position=f"epoch {batch.note.epoch}, shard {batch.note.shard}, token {at.meter.tokens:,}",
+                lr_mult=lr_mult, momentum=schedule.momentum(step, plan.iterations, plan.warmdown_ratio),
                 weight_decay=plan.weight_decay * schedule.weight_decay(step, plan.iterations),
             )  # fmt: skip
             rt.synchronize()
             seconds = time.perf_counter() - began
-            meter.tick(loss, plan.batch, seconds)
+            watched.end()
+            at.meter.tick(loss, plan.batch, seconds)
             used = train.mfu(plan.batch, seconds, plan.flops_per_token, peak, rt.world)
             log.step(
-                step, line(step, plan, meter, lr_mult, seconds, used), loss=loss, smooth_loss=meter.loss, lr=lr_mult,
-                grad_norm=norm, seconds=seconds, tokens_per_second=plan.batch / seconds, mfu=used, tokens=meter.tokens,
-                epoch=batch.note.epoch, shard=batch.note.shard,
+                step, line(step, plan, at.meter, lr_mult, seconds, used), loss=loss, smooth_loss=at.meter.loss,
+                lr=lr_mult, grad_norm=norm, seconds=seconds, tokens_per_second=plan.batch / seconds, mfu=used,
+                tokens=at.meter.tokens, epoch=batch.note.epoch, shard=batch.note.shard,
             )  # fmt: skip
+            if at.spikes.why:
+                log.note("spike", f"step {step}: {at.spikes.why}; {cfg.spike_action}.", step=step)
+            if at.spikes.why and cfg.spike_action == "rollback":
+                at, step = resume.roll_back(saver, model, optimizer, at, rt)
+                here = step
+                log.event("rollback", step=step)
+                continue
             calm()
+            step += 1
     # 6. summary ------------------------------------------------------------------------------------------------------
     summary = {
-        "step": plan.iterations, "loss": meter.loss, **metrics, "tokens": meter.tokens, "seconds": meter.seconds,
-        "tokens_per_second": meter.tokens_per_second, "flops": plan.flops, "peak_bytes": rt.peak_bytes(),
+        "step": plan.iterations, "loss": at.meter.loss, **metrics, "tokens": at.meter.tokens,
+        "seconds": at.meter.seconds, "seconds_saving": saver.blocked,
+        "tokens_per_second": at.meter.tokens_per_second, "flops": plan.flops, "peak_bytes": rt.peak_bytes(),
         "checkpoint": str(root / f"step_{plan.iterations:06d}"),
     }  # fmt: skip
     log.close(**summary)

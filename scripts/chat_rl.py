@@ -28,9 +28,11 @@ from nanochat import (
     record,
     resume,
     runtime,
+    saving,
     scaling,
     schedule,
     train,
+    watch,
 )
 from nanochat.engine import Engine
 from nanochat.errors import Stopped, refuse
@@ -72,9 +74,12 @@ class Config:
     eval_samples: int = 8  # replies a held-out problem: k goes up to it
     save_every: int = 60  # updates; the end is always saved, before it is evaluated
     keep: int = 2  # newest checkpoints kept; -1: all
+    keep_every: int = -1  # also keep each checkpoint whose step is a multiple of this
+    keep_best: bool = False  # also keep the checkpoint with the best validation pass@1
     resume: bool = False  # go on from the newest complete checkpoint, or start if there is none
     resume_from_step: int = -1  # go on from exactly this step
     force: bool = False  # resume although flags differ
+    watchdog: float = 10.0  # write every rank's stacks when a step takes so many times the median; -1: never
 
 
 @dataclasses.dataclass
@@ -191,14 +196,13 @@ def main(cfg: Config) -> dict:
     rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr")}
     lrs = scaling.learning_rates(model.config, cfg.init_lr_frac, **rates)
     optimizer = optim.MuonAdamW(model.roles(), lrs, rt)
-    meter, scaler, start = train.Meter(), train.Scaler.of(rt.dtype), 0
+    at, start = resume.Progress.fresh(rt.dtype), 0
     found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
     if found:
         resume.check(cfg, found, tokenizer, cfg.force)
-        meter, scaler, _ = resume.restore(found, model, optimizer, rt)
-        start = found.step
+        at, start = resume.restore(found, model, optimizer, rt), found.step
     log = record.Record(root / "record.jsonl", run=cfg.run, stage="rl", config=cfg, main=rt.main,
-                        resume_step=start if found else None)  # fmt: skip
+                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
     log.event("plan", plan={"steps": steps, "problems": len(problems), "lrs": lrs, "from": base.path.name})
     log.say(f"reinforcing {base.path}: {steps} updates of {cfg.examples_per_step} x {cfg.num_samples} replies")
     for note in notes:
@@ -209,24 +213,26 @@ def main(cfg: Config) -> dict:
         "stage": "rl", "config": base.meta["config"], "plan": base.meta["plan"], "user_config": dataclasses.asdict(cfg),
         "tokenizer": tokenizer.fingerprint, "dataset": base.meta["dataset"],
     }  # fmt: skip
-    with log, train.StopSignal() as stop:
+    saver = saving.Saver(root, rt, saving.Keep(off(cfg.keep), off(cfg.keep_every), cfg.keep_best), at.scores)
+    with log, saver, watch.Watch(log, rt, off(cfg.watchdog)) as watched, train.StopSignal() as stop:
         for step in range(start, steps + 1):
             last, signum = step == steps, stop.agreed(rt)
-            if signum or ((last or train.due(step, off(cfg.save_every))) and not (found and step == start)):
-                checkpoint.save(
-                    root, step, model=model, optimizer=optimizer, runtime=rt, rank_state={"rng": train.rng_state()},
-                    keep=off(cfg.keep), meta=meta | {"meter": meter.state(), "scaler": scaler.state()},
-                )  # fmt: skip
+            if (signum or last or train.due(step, off(cfg.save_every))) and not (found and step == start):
+                saver.save(step, model=model, optimizer=optimizer, rank_state={"rng": train.rng_state()},
+                           meta=meta | at.meta(log), wait=bool(last or signum))  # fmt: skip
+            log.saves(saver.news())
             if signum:
                 log.event("stopped", step=step, signal=signum)
                 raise Stopped(signum, f"stopped by signal {signum} at step {step}: saved; --resume goes on from here.")
             if train.due(step, off(cfg.eval_every), last, first=True):
                 metrics = evaluate(model, held_out, tokenizer, cfg, rt)
+                saver.score(step, -metrics["pass@1"])
                 shown = f"pass@1 {metrics['pass@1']:.4f} ± {metrics['pass@1_se']:.4f}"
                 log.eval(step, f"step {step:4d} | {shown}", **metrics)
             if last:
                 break
             began = time.perf_counter()
+            watched.begin(step)
             mine = [i % len(problems) for i in range(step * cfg.examples_per_step, (step + 1) * cfg.examples_per_step)]
             with train.resting(model):
                 rollouts, rewards = draw(
@@ -235,24 +241,25 @@ def main(cfg: Config) -> dict:
             counts = torch.tensor([sum(map(sum, rewards)), sum(map(len, rewards)), sum(sum(r.mask) for r in rollouts)],
                                   dtype=torch.float64)  # fmt: skip
             paid, drawn, tokens = rt.sum(counts.to(rt.device, torch.float32)).tolist()
-            loss = learn(model, optimizer, rollouts, cfg, scaler.scale * rt.world / max(tokens, 1), rt.device)
+            loss = learn(model, optimizer, rollouts, cfg, at.scaler.scale * rt.world / max(tokens, 1), rt.device)
             lr_mult, norm = schedule.rl_lr(step, steps), 0.0
             if tokens:  # some group had something to teach
                 norm = train.optimizer_step(
-                    optimizer, scaler, loss, step=step, position=mine, lr_mult=lr_mult, momentum=0.95,
+                    optimizer, at.scaler, 0.0, step=step, position=f"problems {mine}", lr_mult=lr_mult, momentum=0.95,
                     weight_decay=cfg.weight_decay,
-                )  # fmt: skip
+                )  # fmt: skip  # 0.0: a loss that is not finite shows in the norm, which is of all ranks
             else:
                 optimizer.zero_grad()
             seconds = time.perf_counter() - began
-            meter.tick(loss, int(tokens), seconds)
+            watched.end()
+            at.meter.tick(loss, int(tokens), seconds)
             console = (f"step {step:4d}/{steps} | reward {paid / drawn:.3f} | {len(rollouts)} replies taught | "
                        f"lr x {lr_mult:.2f} | {seconds:.1f} s")  # fmt: skip
             log.step(step, console, reward=paid / drawn, lr=lr_mult, grad_norm=norm, seconds=seconds,
                      taught=len(rollouts), targets=tokens)  # fmt: skip
     # 6. summary ------------------------------------------------------------------------------------------------------
-    summary = {"step": steps, **metrics, "seconds": meter.seconds, "peak_bytes": rt.peak_bytes(),
-               "checkpoint": str(root / f"step_{steps:06d}")}  # fmt: skip
+    summary = {"step": steps, **metrics, "seconds": at.meter.seconds, "seconds_saving": saver.blocked,
+               "peak_bytes": rt.peak_bytes(), "checkpoint": str(root / f"step_{steps:06d}")}  # fmt: skip
     log.close(**summary)
     runtime.stop(rt)
     return summary

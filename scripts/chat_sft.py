@@ -24,9 +24,11 @@ from nanochat import (
     record,
     resume,
     runtime,
+    saving,
     scaling,
     schedule,
     train,
+    watch,
 )
 from nanochat.engine import Engine
 from nanochat.errors import Stopped, UserError, refuse
@@ -71,9 +73,14 @@ class Config:
     chatcore_max_sample: int = 24  # open problems a task; -1: all
     save_every: int = -1  # updates; the end is always saved, before it is evaluated
     keep: int = 2  # newest checkpoints kept; -1: all
+    keep_every: int = -1  # also keep each checkpoint whose step is a multiple of this
+    keep_best: bool = False  # also keep the checkpoint with the best validation bpb
     resume: bool = False  # go on from the newest complete checkpoint, or start if there is none
     resume_from_step: int = -1  # go on from exactly this step
     force: bool = False  # resume although flags differ
+    watchdog: float = 10.0  # write every rank's stacks when a step takes so many times the median; -1: never
+    spike: float = -1.0  # deviations above the recent loss or gradient norm that make a step a spike; -1: no rule
+    spike_action: str = "skip"  # skip the update, or rollback: to the last checkpoint, without the data since
 
 
 def off(value: float) -> float | None:
@@ -129,6 +136,8 @@ def main(cfg: Config) -> dict:
     """Fine-tune; returns the summary that also ends the record."""
     if cfg.resume and cfg.resume_from_step >= 0:
         raise UserError("Give --resume or --resume-from-step, not both.")
+    if cfg.spike_action not in ("skip", "rollback"):
+        raise UserError(f"--spike-action={cfg.spike_action} is unknown: use skip or rollback.")
     # 1. runtime ------------------------------------------------------------------------------------------------------
     rt = runtime.start(cfg.device_type, cfg.seed, training=True)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
@@ -146,19 +155,17 @@ def main(cfg: Config) -> dict:
     # 4. optimizer ----------------------------------------------------------------------------------------------------
     lrs = scaling.learning_rates(model.config, scaling.lr_multiplier(size["batch"]), **size["rates"])
     optimizer = optim.MuonAdamW(model.roles(), {role: lr * cfg.init_lr_frac for role, lr in lrs.items()}, rt)
-    meter, scaler, loader_state, start = train.Meter(), train.Scaler.of(rt.dtype), None, 0
+    at, start = resume.Progress.fresh(rt.dtype, off(cfg.spike)), 0
     found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
     if found:
-        resume.check(cfg, found, tokenizer, cfg.force)
-        meter, scaler, states = resume.restore(found, model, optimizer, rt)
-        loader_state = dataloader.merge_states(states) if states[0] else None
-        start = found.step
+        resume.check(cfg, found, tokenizer, cfg.force, size["batch"])
+        at, start = resume.restore(found, model, optimizer, rt, off(cfg.spike)), found.step
     elif cfg.load_optimizer and (moments := base.optimizer()) is not None:
         optimizer.load_state(moments)
     model.train()
     forward, how = train.fastest(model, rt, cfg.compile != "off")
     log = record.Record(root / "record.jsonl", run=cfg.run, stage="sft", config=cfg, main=rt.main,
-                        resume_step=start if found else None)  # fmt: skip
+                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
     log.event("plan", plan={**size, "lrs": lrs, "conversations": len(data), "from": base.path.name, "compile": how})
     log.say(f"fine-tuning {base.path}: {len(data):,} conversations, {size['batch']:,} tokens an update, {how}")
     for note in (*size["notes"], *notes):
@@ -171,24 +178,26 @@ def main(cfg: Config) -> dict:
     }  # fmt: skip
     loader = dataloader.conversation_loader(
         data, tokenizer, rows=size["rows"], seq_len=size["seq_len"], rank=rt.rank, world=rt.world, device=rt.device,
-        seed=cfg.seed, state=loader_state,
+        seed=cfg.seed, state=at.loader,
     )  # fmt: skip
-    with log, contextlib.closing(loader), train.StopSignal() as stop, train.calm_gc() as calm:
-        step, position = start, loader_state
+    saver = saving.Saver(root, rt, saving.Keep(off(cfg.keep), off(cfg.keep_every), cfg.keep_best), at.scores)
+    watched = watch.Watch(log, rt, off(cfg.watchdog))
+    with log, contextlib.closing(loader), saver, watched, train.StopSignal() as stop, train.calm_gc() as calm:
+        step, here, position = start, start if found else -1, at.loader  # `here`: the step already saved
         while True:
             done = progress(cfg, step, position, len(data))
             last, signum = done >= 1, stop.agreed(rt)
-            if signum or ((last or train.due(step, off(cfg.save_every))) and not (found and step == start)):
+            if (signum or last or train.due(step, off(cfg.save_every))) and step != here:
                 state = {"loader": position, "rng": train.rng_state()}
-                checkpoint.save(
-                    root, step, model=model, optimizer=optimizer, runtime=rt, rank_state=state, keep=off(cfg.keep),
-                    meta=meta | {"meter": meter.state(), "scaler": scaler.state()},
-                )  # fmt: skip
+                saver.save(step, model=model, optimizer=optimizer, rank_state=state, meta=meta | at.meta(log),
+                           wait=bool(last or signum))  # fmt: skip
+            log.saves(saver.news())
             if signum:
                 log.event("stopped", step=step, signal=signum)
                 raise Stopped(signum, f"stopped by signal {signum} at step {step}: saved; --resume goes on from here.")
             if cfg.eval_tokens and (last or train.due(step, off(cfg.eval_every), first=True)):
                 metrics["val_bpb"] = validation_bpb(model, held_out, tokenizer, cfg, size, rt)
+                saver.score(step, metrics["val_bpb"])
                 log.eval(step, f"step {step:5d} | validation bpb {metrics['val_bpb']:.4f}", val_bpb=metrics["val_bpb"])
             if train.due(step, off(cfg.chatcore_every), last):
                 metrics |= (scores := chat_core(model, tokenizer, judges, cfg, rt))
@@ -196,37 +205,48 @@ def main(cfg: Config) -> dict:
             if last:
                 break
             began = time.perf_counter()
+            watched.begin(step)
             batches = [next(loader) for _ in range(size["accum"])]
             weight = train.per_token([b.targets for b in batches], rt)
             tokens = 0
             for batch in batches:
                 total = forward(batch.inputs, batch.targets, reduction="sum")
-                optimizer.backward(total * (weight * scaler.scale), last=batch is batches[-1])
+                optimizer.backward(total * (weight * at.scaler.scale), last=batch is batches[-1])
                 count = int((batch.targets >= 0).sum())
-                meter.add(total / max(count, 1), count)
+                at.meter.add(total / max(count, 1), count)
                 tokens += count
             position = batches[-1].state
-            loss = meter.mean(rt)
+            loss = at.meter.mean(rt)
             lr_mult = schedule.sft_lr(done, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)
             norm = train.optimizer_step(
-                optimizer, scaler, loss, step=step, position=f"conversation {position['consumed']:,}", lr_mult=lr_mult,
+                optimizer, at.scaler, loss, step=step, spikes=at.spikes, suspect=(model, batches[-1].inputs),
+                position=f"conversation {position['consumed']:,} of epoch {position['epoch']}", lr_mult=lr_mult,
                 momentum=schedule.sft_momentum(step, off(cfg.num_iterations)),
             )  # fmt: skip
             rt.synchronize()
             seconds = time.perf_counter() - began
-            meter.tick(loss, size["batch"], seconds)
+            watched.end()
+            at.meter.tick(loss, size["batch"], seconds)
             console = (
-                f"step {step:5d} ({100 * done:3.0f} %) | loss {meter.loss:.4f} | lr x {lr_mult:.2f} | "
-                f"{1000 * seconds:6.0f} ms | {meter.seconds / 60:.1f} min"
+                f"step {step:5d} ({100 * done:3.0f} %) | loss {at.meter.loss:.4f} | lr x {lr_mult:.2f} | "
+                f"{1000 * seconds:6.0f} ms | {at.meter.seconds / 60:.1f} min"
             )
-            log.step(step, console, loss=loss, smooth_loss=meter.loss, lr=lr_mult, grad_norm=norm, seconds=seconds,
+            log.step(step, console, loss=loss, smooth_loss=at.meter.loss, lr=lr_mult, grad_norm=norm, seconds=seconds,
                      tokens_per_second=size["batch"] / seconds, targets=tokens,
                      epoch=batches[-1].note.epoch)  # fmt: skip
+            if at.spikes.why:
+                log.note("spike", f"step {step}: {at.spikes.why}; {cfg.spike_action}.", step=step)
+            if at.spikes.why and cfg.spike_action == "rollback":
+                at, step = resume.roll_back(saver, model, optimizer, at, rt)
+                here = step
+                log.event("rollback", step=step)
+                continue
             calm()
             step += 1
     # 6. summary ------------------------------------------------------------------------------------------------------
     summary = {
-        "step": step, "loss": meter.loss, **metrics, "seconds": meter.seconds, "peak_bytes": rt.peak_bytes(),
+        "step": step, "loss": at.meter.loss, **metrics, "seconds": at.meter.seconds,
+        "seconds_saving": saver.blocked, "peak_bytes": rt.peak_bytes(),
         "checkpoint": str(root / f"step_{step:06d}"),
     }  # fmt: skip
     log.close(**summary)

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from nanochat import checkpoint
+from nanochat import checkpoint, saving
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def save_checkpoint(source="sft", tag="d3", step=5, **changes):
     model = tiny_gpt(**changes)
     TOKENIZER.save()
     meta = {"stage": source, "config": dataclasses.asdict(model.config), "tokenizer": TOKENIZER.fingerprint}
-    checkpoint.save(checkpoint.folder(source) / tag, step, model=model, meta=meta, runtime=Runtime.single())
+    saving.save(checkpoint.folder(source) / tag, step, model=model, meta=meta, runtime=Runtime.single())
     return model
 
 
