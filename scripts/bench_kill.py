@@ -156,11 +156,15 @@ def prepare(lab: Lab, wanted: list[str]) -> None:
 def life(lab: Lab, stage: str, trial: bool) -> list[int]:
     """Start a run, or resume it -> process ids by rank."""
     module, flags = STAGES[stage]
+    port, arguments = free_port(), [*flags, "--resume"]
+    return [start(home(lab, stage, trial), module, arguments, rank, WORLD, port) for rank in range(WORLD)]
+
+
+def free_port() -> int:
+    """A port on which the ranks of one life can meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = [*flags, "--resume"]
-    return [start(home(lab, stage, trial), module, arguments, rank, WORLD, port) for rank in range(WORLD)]
+        return probe.getsockname()[1]
 
 
 def start(base: Path, module: str, arguments: list[str], rank: int, world: int, port: int) -> int:
@@ -310,7 +314,9 @@ def differs(lab: Lab, stage: str) -> str:
     one, other = (paths.read_json(end / "manifest.json")["files"] for end in ends)
     names = ("model.safetensors", "optim.safetensors")
     unlike = [name for name in names if one[name] != other[name]]
-    return f"{ends[1].name} differs from {ends[0].name} in {', '.join(unlike)}" if unlike else ""
+    if ends[0].name != ends[1].name:
+        return f"it ended at {ends[1].name} instead of {ends[0].name}"
+    return f"{ends[1].name} differs from the reference in {', '.join(unlike)}" if unlike else ""
 
 
 def tail(lab: Lab, stage: str, trial: bool) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, record
+from nanochat import checkpoint, record, train
 from nanochat.errors import UserError
 from scripts import base_eval, base_train, bench_text, chat_eval, chat_rl, chat_sft, report, tok_train
 
@@ -142,6 +142,44 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_place_pitfalls_6_8(here):
     base_train.main(dataclasses.replace(cfg, model_tag="straight"))
     one, other = (checkpoint.load(checkpoint.find("base", tag)).weights() for tag in ("killed", "straight"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def spiking(monkeypatch, step):
+    """The loss of every rank reads 50 once, at this step of a run."""
+    real, seen = train.Meter.mean, []
+
+    def mean(meter, rt):
+        loss = real(meter, rt)
+        if meter.steps == step and not seen:
+            seen.append(step)
+            return 50.0
+        return loss
+
+    monkeypatch.setattr(train.Meter, "mean", mean)
+
+
+@pytest.mark.parametrize(("action", "steps"), [("skip", 22), ("rollback", 22)])
+def test_a_spike_is_skipped_or_gone_back_from(here, monkeypatch, action, steps):
+    spiking(monkeypatch, 20)
+    cfg = dataclasses.replace(BASE, num_iterations=steps, save_every=18, eval_tokens=0, model_tag=action)
+    base_train.main(dataclasses.replace(cfg, spike=8.0, spike_action=action))
+    root = checkpoint.folder("base") / action
+    rows = record.read(root / "record.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "spike"] == ([20] if action == "skip" else [])
+    assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(steps))
+    assert [row["step"] for row in rows if row["kind"] == "rollback"] == ([18] if action == "rollback" else [])
+    final = checkpoint.load(root / f"step_{steps:06d}")
+    updates = {"skip": steps - 1, "rollback": steps}[action]  # what the optimizer has counted
+    assert int(final.optimizer()["step"]) == updates
+    read = {"skip": steps, "rollback": steps + 3}[action]  # batches read: the three since the checkpoint are left out
+    assert final.rank_state(0)["loader"]["rows"] == read * 8
+
+
+def test_rolling_back_without_a_checkpoint_is_a_sentence(here, monkeypatch):
+    spiking(monkeypatch, 20)
+    cfg = dataclasses.replace(BASE, num_iterations=22, save_every=-1, eval_tokens=0, model_tag="nowhere", spike=8.0)
+    with pytest.raises(UserError, match=r"the loss is 50.*no checkpoint to go back to: set --save-every"):
+        base_train.main(dataclasses.replace(cfg, spike_action="rollback"))
 
 
 def test_base_and_chat_evaluations_write_what_they_measured(here):
