@@ -27,7 +27,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from nanochat import checkpoint, cli, paths
+from nanochat import checkpoint, cli, paths, record
 from nanochat.errors import UserError
 
 WORLD = 2
@@ -106,15 +106,21 @@ def main(cfg: Config) -> dict:
 
 
 def warm_up() -> None:
-    """Import what the stages import, once: the forked ranks then have it. Starts no thread."""
+    """Import what the stages import, once: the forked ranks then have it. Starts no thread.
+
+    A model this small answers nothing right, so reinforcement is paid by the length of replies: odd is good.
+    """
     import importlib
 
     import torch
+
+    from tasks import common
 
     torch.set_num_threads(1)
     for module, _ in STAGES.values():
         importlib.import_module(module)
         del sys.modules[module]  # it is run, not imported, later
+    common.Task.reward = lambda task, problem, reply: float(len(str(reply)) % 2)
 
 
 def home(lab: Lab, stage: str, trial: bool) -> Path:
@@ -149,6 +155,9 @@ def prepare(lab: Lab, wanted: list[str]) -> None:
         statuses = wait_for(life(lab, stage, trial=False))
         if statuses != [0] * WORLD:
             raise UserError(f"The untouched {stage} run failed, statuses {statuses}: {tail(lab, stage, False)}")
+        rows = record.read(root(lab, stage, False) / "record.jsonl")
+        if not any(row.get("grad_norm") for row in rows):
+            raise UserError(f"The untouched {stage} run has learned nothing: there would be nothing to compare.")
         lab.lives[stage] = time.perf_counter() - began
         print(f"{stage}: an untouched run takes {lab.lives[stage]:.1f} s", flush=True)
 
