@@ -35,7 +35,7 @@ pocket() {
     # from outside: scripts.bench_recipe_kill runs the same recipe smaller.
     local seed="${SEED:-42}" vocab="${VOCAB:-2048}" chars="${CHARS:-3000000}" save="${SAVE_EVERY:-300}"
     local base="${BASE_STEPS:-2200}" sft="${SFT_STEPS:-850}" rl="${RL_STEPS:-24}" problems="${PROBLEMS:-400}"
-    local tokens="${EVAL_TOKENS:-32768}"
+    local tokens="${EVAL_TOKENS:-32768}" rl_save="${RL_SAVE_EVERY:-6}"
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size="$vocab" --max-chars="$chars"
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
         --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=8 \
@@ -48,7 +48,8 @@ pocket() {
     stage chat_eval_sft python -m scripts.chat_eval -i sft --model-tag=pocket --max-problems="$problems" \
         --max-new-tokens=48
     stage chat_rl python -m scripts.chat_rl --run="$run" --seed="$seed" --model-tag=pocket --num-iterations="$rl" \
-        --init-lr-frac=0.2 --max-new-tokens=48 --eval-every=1000 --eval-examples="$problems" --eval-samples=4 --save-every=8 --resume
+        --init-lr-frac=0.2 --max-new-tokens=48 --eval-every=1000 --eval-examples="$problems" --eval-samples=4 \
+        --save-every="$rl_save" --resume
     stage chat_eval_rl python -m scripts.chat_eval -i rl --model-tag=pocket --max-problems="$problems" \
         --max-new-tokens=48
     python -m scripts.report --model-tag=pocket

@@ -1,12 +1,16 @@
 """Kill the whole pocket recipe at random points, start it again, and see that it ends in the same place, bit for bit.
 
-    python -m scripts.bench_recipe_kill                  # 8 runs killed twice each; about 3 minutes a run on 2 cores
+    python -m scripts.bench_recipe_kill                  # 8 runs killed twice each; 1 to 2 minutes a run on 2 cores
     python -m scripts.bench_recipe_kill --runs=2 --kills=1
+    python -m scripts.bench_recipe_kill --start=DIR --runs=2 --kills=2     # RL at full size, after a finished run's SFT
 
 runs/speedrun.sh at a tiny size (its sizes are environment variables) runs once untouched. Then each of --runs runs is
 hit --kills times, by SIGKILL and SIGTERM in turn, sent to every process of the recipe: each time in another stage, at
 a random moment of the time that the stage took untouched. The final weights of base, SFT and RL must have the same
-bytes as those of the untouched run. Writes dev/bench/<date>_recipe_kill.json; the exit status is 1 if a run differs.
+bytes as those of the untouched run. So small a model earns no reward, so RL learns nothing in it; --start, the base
+folder of a finished pocket run, lets the runs begin with that run's fine-tuned model, at its sizes. Writes
+dev/bench/<date>_recipe_kill.json; the exit status is 1 if a run differs. (scripts.bench_kill kills single stages, more
+often and on two ranks.)
 """
 
 import dataclasses
@@ -14,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +32,10 @@ from nanochat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
-    "VOCAB": "600", "CHARS": "200000", "BASE_STEPS": "40", "SFT_STEPS": "30", "RL_STEPS": "6", "PROBLEMS": "16",
-    "EVAL_TOKENS": "4096", "SAVE_EVERY": "7",
+    "VOCAB": "600", "CHARS": "200000", "BASE_STEPS": "20", "SFT_STEPS": "14", "RL_STEPS": "6", "PROBLEMS": "16",
+    "EVAL_TOKENS": "4096", "SAVE_EVERY": "5", "RL_SAVE_EVERY": "2",
 }  # fmt: skip
+KEPT = ("tokenizer", "base_checkpoints", "chatsft_checkpoints", "speedrun")
 FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 
 
@@ -40,6 +46,9 @@ class Config:
     runs: int = 8  # runs that are killed
     kills: int = 2  # times a run is killed
     seed: int = 1  # of the moments
+    start: str = (
+        ""  # base folder of a finished pocket run (seed 42) to go on from after its SFT; empty: tiny, from nothing
+    )
     most_seconds: int = 1800  # of one run, kills included
     out: str = ""  # file of the results; empty: dev/bench/<date>_recipe_kill.json
 
@@ -53,14 +62,21 @@ class Recipe:
     said: Path
 
     @classmethod
-    def start(cls, base: Path) -> "Recipe":
+    def start(cls, base: Path, finished: str = "") -> "Recipe":
+        """Start it in `base`, which gets what the finished run had after SFT if it is new."""
+        if finished and not base.exists():
+            for name in KEPT:
+                shutil.copytree(Path(finished) / name, base / name)
+            for name in ("chat_rl", "chat_eval_rl"):
+                (base / "speedrun" / name).unlink(missing_ok=True)
         base.mkdir(parents=True, exist_ok=True)
         said = base / "output.log"
         own = {"POCKET": "1", "SKIP_SETUP": "1", "NANOCHAT_BASE_DIR": str(base), "PYTHONUNBUFFERED": "1"}
+        sizes = {} if finished else TINY
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         with open(said, "a", encoding="utf-8") as file:
             process = subprocess.Popen(
-                ["bash", str(ROOT / "runs" / "speedrun.sh")], cwd=ROOT, env=os.environ | TINY | own | {"PATH": path},
+                ["bash", str(ROOT / "runs" / "speedrun.sh")], cwd=ROOT, env=os.environ | sizes | own | {"PATH": path},
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         return cls(base, process, said)
@@ -96,7 +112,7 @@ def weights(base: Path) -> dict[str, str]:
 
 def untouched(base: Path, cfg: Config) -> tuple[dict[str, str], dict[str, float]]:
     """(weights, seconds of each stage) of a run that nobody disturbs."""
-    recipe, began = Recipe.start(base), {}
+    recipe, began = Recipe.start(base, cfg.start), {}
     first = time.monotonic()
     while recipe.process.poll() is None and time.monotonic() - first < cfg.most_seconds:
         for name in recipe.stages():
@@ -113,7 +129,7 @@ def disturbed(base: Path, plan: list[tuple[str, float, int]], cfg: Config) -> tu
     """(what each kill met, weights at the end) of a run hit at `plan`: (stage, seconds after its start, signal)."""
     told, first = [], time.monotonic()
     for stage, delay, signum in plan:
-        recipe = Recipe.start(base)
+        recipe = Recipe.start(base, cfg.start)
         before = recipe.stages().count(stage)
         while recipe.process.poll() is None and recipe.stages().count(stage) <= before:
             time.sleep(0.1)
@@ -124,7 +140,7 @@ def disturbed(base: Path, plan: list[tuple[str, float, int]], cfg: Config) -> tu
                      "in": (recipe.stages() or [""])[-1], "status": status})  # fmt: skip
         if time.monotonic() - first > cfg.most_seconds:
             break
-    last = Recipe.start(base)
+    last = Recipe.start(base, cfg.start)
     status = last.process.wait(cfg.most_seconds)
     told.append({"stage": "to the end", "status": status, "done before": sum("done before" in x for x in last.lines())})
     return told, weights(base)
@@ -150,7 +166,8 @@ def main(cfg: Config) -> dict:
             print(f"run {run}: {'the same' if same else 'DIFFERENT'}: {told}", flush=True)
     whole = {
         "date": date.today().isoformat(), "command": "python -m scripts.bench_recipe_kill " + " ".join(sys.argv[1:]),
-        "hardware": hardware.device_name(runtime.pick_device("cpu")), "sizes": TINY, "seconds": seconds,
+        "hardware": hardware.device_name(runtime.pick_device("cpu")), "sizes": "full" if cfg.start else TINY,
+        "seconds": seconds,
         "untouched": wanted, "runs": results, "same": sum(r["same"] for r in results), "of": len(results),
     }  # fmt: skip
     out = Path(cfg.out) if cfg.out else ROOT / "dev" / "bench" / f"{date.today().isoformat()}_recipe_kill.json"
