@@ -46,9 +46,7 @@ class Config:
     runs: int = 8  # runs that are killed
     kills: int = 2  # times a run is killed
     seed: int = 1  # of the moments
-    start: str = (
-        ""  # base folder of a finished pocket run (seed 42) to go on from after its SFT; empty: tiny, from nothing
-    )
+    start: str = ""  # base folder of a finished pocket run, to go on from after its SFT; empty: tiny, from nothing
     most_seconds: int = 1800  # of one run, kills included
     out: str = ""  # file of the results; empty: dev/bench/<date>_recipe_kill.json
 
