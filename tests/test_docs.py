@@ -1,34 +1,35 @@
 """What the documents say is true: the tree, every command's flags, every path."""
 
+import contextlib
 import dataclasses
 import importlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from nanochat import cli, record
+from nanochat import cli, dataset, record, tools
+from nanochat.errors import UserError
 from scripts import series, tree
+from tasks.customjson import CustomJSON
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [p for p in (ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+SKILLS = sorted((ROOT / ".claude").glob("skills/*/SKILL.md")) + sorted((ROOT / ".claude").glob("agents/*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CLAUDE.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCUMENTS = [*PAGES, *GUIDES, *SKILLS]
 RECIPES = sorted((ROOT / "runs").glob("*.sh"))
-
 
 LAUNCH = re.compile(
     r"(?:python|torchrun|\$\{launch\[@\]\})(?:\s+--?[\w=${}:\"-]+)*?\s+(?:-m\s+)?((?:scripts|nanochat)\.\w+)([^;&|`)]*)"
 )
 
 
-def commands(text, fenced=False):
-    """Every `python -m module flags` and `torchrun ... -m module -- flags`, as (module, flags).
-
-    fenced: only those in code blocks (Markdown). Comments and what a recipe only prints are left out.
-    """
-    if fenced:
-        text = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+def commands(text):
+    """Every `python -m module flags` and `torchrun ... -m module -- flags` of a recipe, as (module, flags)."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         line = line.split("  #")[0].strip()
         if not line.startswith(("#", "echo")) and (match := LAUNCH.search(line)):
@@ -36,7 +37,7 @@ def commands(text, fenced=False):
 
 
 def values(flags):
-    """The flags of a command with shell variables replaced by a number, without what is not a flag."""
+    """The flags of a recipe's command with shell variables replaced by a number, without what is not a flag."""
     flags = flags.replace("${ARGS:-}", "").replace('"$@"', "")
     flags = re.sub(r"\$\{?\w+[^}\s\"]*\}?", "1", flags)
     parts = [part for part in shlex.split(flags) if part != "--"]
@@ -47,18 +48,20 @@ def values(flags):
     ]
 
 
+def config_of(module):
+    """The Config of a module of ours that is run with -m."""
+    return importlib.import_module("nanochat.download" if module == "nanochat.dataset" else module).Config
+
+
 def cases():
-    for path in [*DOCUMENTS, *RECIPES]:
-        for module, flags in commands(path.read_text(encoding="utf-8"), path.suffix == ".md"):
+    for path in RECIPES:
+        for module, flags in commands(path.read_text(encoding="utf-8")):
             yield pytest.param(module, flags, id=f"{path.name}: {module} {flags}"[:100])
 
 
 @pytest.mark.parametrize(("module", "flags"), list(cases()))
-def test_every_documented_command_parses(module, flags):
-    config = importlib.import_module(module).Config if module != "nanochat.dataset" else None
-    if config is None:
-        config = importlib.import_module("nanochat.download").Config
-    assert dataclasses.is_dataclass(cli.parse(config, values(flags)))
+def test_every_command_of_a_recipe_parses(module, flags):
+    assert dataclasses.is_dataclass(cli.parse(config_of(module), values(flags)))
 
 
 def test_the_parser_of_commands_sees_flags():
@@ -69,15 +72,137 @@ def test_the_parser_of_commands_sees_flags():
         cli.parse(importlib.import_module(module).Config, ["--seq-len=3"])
 
 
+# -- code blocks of documents ------------------------------------------------------------------------------------------
+
+KNOWN = {  # programs that a document may name besides ours
+    "apt", "cd", "cp", "docker", "export", "git", "mkdir", "nvidia-smi", "pip", "pytest", "rsync", "sbatch", "scancel",
+    "scp", "sky", "source", "squeue", "ssh", "tail", "tmux", "uv",
+}  # fmt: skip
+OURS = re.compile(r"^(?:nanochat|scripts|tasks|runs|tests|dev|docs|visualize|\.claude)/[\w./-]+$")
+RUN = ("scripts.plan", "scripts.rent", "scripts.explain")  # quick and harmless: really run, not only parsed
+
+
+def statements(text):
+    """Every single command of the ```bash blocks of a document, as words; pipes and && part them, variables are 12."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            line = line.replace("$ARGUMENTS", "gpt")
+            line = re.sub(r"\$\{?\w+\}?", "12", line)
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
+            lexer.whitespace_split = True
+            words = []
+            for word in [*lexer, ";"]:
+                if set(word) <= set("|&;"):
+                    while words and re.match(r"^[A-Z_]+=", words[0]):  # VARIABLE=value in front
+                        words.pop(0)
+                    if words:
+                        yield words
+                    words = []
+                else:
+                    words.append(word)
+
+
+def target(words):
+    """(module, its arguments) of a command that runs one of our modules, else None."""
+    if words[0] not in ("python", "python3", "torchrun") or "-m" not in words:
+        return None
+    at = words.index("-m") + 1
+    return words[at], [word for word in words[at + 1 :] if word != "--"]
+
+
+def check_statement(words, where):
+    """Assert that a documented command exists: a known program, a module with these flags, paths that are there."""
+    for word in words:
+        if OURS.match(word):
+            assert (ROOT / word).exists(), f"{where} names {word}"
+    if words[0] == "bash":
+        assert (ROOT / words[1]).exists(), f"{where}: {words[1]}"
+    elif found := target(words):
+        module, arguments = found
+        if module.split(".")[0] in ("scripts", "nanochat"):
+            assert dataclasses.is_dataclass(cli.parse(config_of(module), arguments)), f"{where}: {module} {arguments}"
+        else:
+            assert module in ("pip", "venv", "pytest"), f"{where}: python -m {module}"
+    else:
+        assert words[0] in KNOWN, f"{where}: what is {words[0]}?"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_fenced_command_exists(path):
+    for words in statements(path.read_text(encoding="utf-8")):
+        check_statement(words, path.name)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_harmless_commands_really_run(path, base_dir, capsys):
+    for words in statements(path.read_text(encoding="utf-8")):
+        module, arguments = target(words) or ("", [])
+        if module in RUN:
+            script = importlib.import_module(module)
+            with contextlib.suppress(UserError) if "--hours=5" in arguments else contextlib.nullcontext():
+                script.main(cli.parse(script.Config, arguments))  # with --hours it needs a GPU's name or a GPU
+            capsys.readouterr()
+
+
+def test_a_wrong_command_is_caught():
+    block = "```bash\n{}\n```"
+    for wrong in ("python -m scripts.base_train --seq-len=3", "bash runs/no_such.sh", "python -m scripts.no_such",
+                  "frobnicate now", "cp docs/no_such.md x", "torchrun --nproc_per_node=8 -m scripts.chat_sft -- --lr=1",
+                  "cd x && python -m scripts.plan --dept=3"):  # fmt: skip
+        with pytest.raises((AssertionError, SystemExit, ModuleNotFoundError)):
+            for words in statements(block.format(wrong)):
+                check_statement(words, "test")
+    good = "OMP_NUM_THREADS=2 python -m scripts.base_train --depth=4 | tail -n 3  # words"
+    assert list(statements(block.format(good))) == [
+        ["python", "-m", "scripts.base_train", "--depth=4"], ["tail", "-n", "3"]
+    ]  # fmt: skip
+
+
+def python_blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_guides_python_makes_what_they_say(tmp_path, base_dir, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        (tmp_path / f"text_{i}.txt").write_text(f"Text number {i}. " * 50)
+    (shards,) = python_blocks("custom_data.md")
+    subprocess.run([sys.executable, "-c", shards], check=True)
+    corpus = dataset.open_corpus("shards")
+    assert [len(list(corpus.epoch_batches(split))[0][1]) for split in ("train", "val")] == [2, 1]
+    (ability,) = python_blocks("add_ability.md")
+    subprocess.run([sys.executable, "-c", ability], check=True)
+    task = CustomJSON("strawberry.jsonl")
+    assert len(task) == 2000
+    for i in range(50):
+        question, answer = task[i]["messages"]
+        letter, word = re.search(r"How many (\w) are in (\w+)", question["content"]).groups()
+        assert answer["content"][2]["text"] == str(word.count(letter)) == tools.calculator(answer["content"][1]["text"])
+
+
+FIGURE = re.compile(r"\d\s?(?:tokens/s|tok/s|[GT]FLOP/s|ms\b|minutes\b|bpb\b|% (?:MFU|of \d+ right))")
+SOURCES = ("dev/bench/", "dev/LOG.md", "published", "data sheet", "by `python -m scripts.plan`")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "SECURITY.md", *GUIDES], ids=lambda p: p.name)
+def test_every_figure_names_its_source(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for section in re.split(r"\n#+ ", text):
+        for paragraph in section.split("\n\n"):
+            if FIGURE.search(paragraph):
+                named = any(source in paragraph for source in SOURCES) or "dev/bench/" in section
+                assert named, f"{path.name} states a figure without its source: {paragraph[:200]}"
+
+
 def test_the_readme_tree_is_true():
     assert tree.PLACE.search((ROOT / "README.md").read_text())[2] == tree.tree(), "run `python -m scripts.tree`"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_named_file_exists(path):
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:nanochat|scripts|tasks|runs|tests|dev|docs)/[\w./]+)`", text):
-        assert (ROOT / name).exists(), f"{path.name} names {name}"
+    for name in re.findall(r"`((?:nanochat|scripts|tasks|runs|tests|dev|docs|visualize|\.claude)/[\w./-]+)`", text):
+        assert "NAME" in name or (ROOT / name).exists(), f"{path.name} names {name}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
