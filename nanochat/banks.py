@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
+from nanochat import rules
 from nanochat.runtime import Runtime
 
 BUCKET = 8 * 2**20  # bytes that travel at once, roughly: large enough for the wire, small enough to leave early
@@ -107,6 +108,109 @@ class Bank:
 def offsets(sizes: list[int], align: int) -> list[int]:
     """Where tensors of these sizes begin when each begins at a multiple of `align`; the last number is the end."""
     return [0, *accumulate(-(-size // align) * align for size in sizes)]
+
+
+def send(tensor: torch.Tensor, owner: int, runtime: Runtime) -> torch.Tensor:
+    """The owner's values of `tensor`, on every rank."""
+    if runtime.world > 1:
+        dist.broadcast(tensor, owner)
+    return tensor
+
+
+class MuonBank(Bank):
+    """K block matrices of one shape as a stack (K, m, n); this rank moves the k of them that it owns."""
+
+    def __init__(self, named, lr: float, shares: list[int], runtime: Runtime, dtype):
+        size = named[0][1].numel()
+        super().__init__(named, offsets([share * size for share in shares], 1), runtime)
+        self.lr, self.dtype = lr, dtype
+        shape = self.params[0].shape
+        rows, cols = shape
+        first = self.lo // size
+        self.own = range(first, self.hi // size)
+        stack = lambda flat: flat[self.lo : self.hi].view(-1, *shape)  # (k, m, n)
+        self.values_own, self.grads_own = stack(self.values), stack(self.grads)
+        self.moments = {
+            "momentum": torch.zeros_like(self.values_own),
+            "second": self.values.new_zeros(len(self.own), *((rows, 1) if rows >= cols else (1, cols))),
+        }
+
+    def gradients(self) -> list[torch.Tensor]:
+        """This rank's part of the gradient, summed over the ranks."""
+        return [self.grads_own] if len(self.own) else []
+
+    def update(self, lr_mult: float, momentum: float, weight_decay: float, t: int) -> None:
+        if len(self.own):
+            direction = rules.muon_update(self.grads_own, *self.moments.values(), momentum, dtype=self.dtype)
+            lr = rules.muon_lr(self.lr * lr_mult, *direction.shape[1:])
+            rules.cautious_(self.values_own, direction, lr, weight_decay)
+
+    def state(self):
+        """(name, whole tensor) of every moment of every matrix; collective."""
+        for owner, i, _, _ in self.parts():
+            for kind, stack in self.moments.items():
+                mine = i in self.own
+                tensor = stack[i - self.own.start] if mine else stack.new_empty(stack.shape[1:])
+                yield f"{self.names[i]}.{kind}", send(tensor, owner, self.runtime)
+
+    def load(self, state):
+        for kind, stack in self.moments.items():
+            for i, moment in zip(self.own, stack, strict=True):
+                moment.copy_(state[f"{self.names[i]}.{kind}"])
+
+    def shapes(self):
+        return {f"{name}.{kind}": stack.shape[1:] for kind, stack in self.moments.items() for name in self.names}
+
+
+class AdamBank(Bank):
+    """Tensors of any shape as one flat vector, each rank's part of it an equal stretch, whatever tensors it cuts."""
+
+    def __init__(self, named, rates: list[float], table: list[rules.AdamRule], runtime: Runtime):
+        total = offsets([p.numel() for _, p in named], ALIGN)[-1]
+        chunk = -(-total // (ALIGN * runtime.world)) * ALIGN
+        cuts = [min(rank * chunk, total) for rank in range(runtime.world + 1)]
+        super().__init__(named, cuts, runtime, align=ALIGN, grads=runtime.world > 1)
+        self.rates, self.table = rates, table
+        self.own = [(i, a, b) for owner, i, a, b in self.parts() if owner == runtime.rank]
+        fresh = lambda: [self.values.new_zeros(b - a) for _, a, b in self.own]
+        self.moments = {"exp_avg": fresh(), "exp_avg_sq": fresh()}
+        self.steps = torch.zeros((), dtype=torch.float32, device=self.values.device)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """This rank's parts of the gradients, summed over the ranks."""
+        for i in {i for i, _, _ in self.own}:
+            if self.params[i].grad is None:
+                self.params[i].grad = torch.zeros_like(self.params[i])
+        return [self.params[i].grad.view(-1)[a:b] for i, a, b in self.own]
+
+    def update(self, lr_mult: float, momentum: float, weight_decay: float, t: int) -> None:
+        for (i, a, b), grad, *moments in zip(self.own, self.gradients(), *self.moments.values(), strict=True):
+            own = self.params[i].data.view(-1)[a:b]
+            rules.adam_update(own, grad, *moments, self.steps.fill_(t - 1), self.rates[i] * lr_mult, self.table[i])
+
+    def state(self):
+        """(name, whole tensor) of every moment of every tensor; collective."""
+        for kind, own in self.moments.items():
+            mine = {(i, a): moment for (i, a, _), moment in zip(self.own, own, strict=True)}
+            whole = [None] * len(self.params)
+            for owner, i, a, b in self.parts():
+                if whole[i] is None:
+                    whole[i] = self.values.new_empty(self.params[i].numel())
+                part = whole[i][a:b]
+                if (i, a) in mine:
+                    part.copy_(mine[i, a])
+                send(part, owner, self.runtime)
+                if b == len(whole[i]):
+                    yield f"{self.names[i]}.{kind}", whole[i].view_as(self.params[i])
+                    whole[i] = None
+
+    def load(self, state):
+        for kind, own in self.moments.items():
+            for (i, a, b), moment in zip(self.own, own, strict=True):
+                moment.copy_(state[f"{self.names[i]}.{kind}"].reshape(-1)[a:b])
+
+    def shapes(self):
+        return {f"{name}.{kind}": p.shape for kind in self.moments for name, p in zip(self.names, self.params)}
 
 
 class Bucket:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from nanochat import paths
+from nanochat import paths, shard
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 
@@ -238,7 +238,10 @@ def restore(model: GPT, weights: Mapping[str, torch.Tensor], path: Path) -> None
         raise UserError(
             f"{path} does not fit this model ({len(wrong)} tensors differ, {wrong[0]} first): other version?"
         )
-    model.load_state_dict(dict(weights))
+    if shard.sharded(model):
+        shard.put(model, weights)
+    else:
+        model.load_state_dict(dict(weights))
 
 
 def build_model(source: str | Path, tag: str | None = None, step: int | None = None, *, device="cpu",

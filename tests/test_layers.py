@@ -15,7 +15,7 @@ LAYERS = [
     GROUND,
     {"kernels"},
     {"attention", "gpt", "cost"},
-    {"banks", "optim", "schedule", "scaling", "train", "faults", "watch"},
+    {"rules", "banks", "shard", "optim", "schedule", "scaling", "train", "faults", "watch"},
     {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "saving", "resume"},
     {"sampling", "logprobs", "tools", "streaming", "kvcache", "decode", "engine", "sandbox", "execution"},

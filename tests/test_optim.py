@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.adamw import adamw
 
-from nanochat import optim, runtime
+from nanochat import optim, rules, runtime
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
@@ -28,7 +28,7 @@ def conditioned(m, n, decades):
     s = min(m, n)
     left, right = (torch.linalg.qr(matrix(k, s, seed=k))[0] for k in (m, n))
     g = (left * 10 ** (-decades * torch.linspace(0, 1, s, dtype=torch.float64))) @ right.T
-    return g / (g.norm() * optim.SAFETY)
+    return g / (g.norm() * rules.SAFETY)
 
 
 def single(named, role="matrix", lr=0.02, dtype=torch.float32):
@@ -42,7 +42,7 @@ def single(named, role="matrix", lr=0.02, dtype=torch.float32):
 def test_polar_keeps_singular_vectors_and_brings_singular_values_near_one(shape):
     g = conditioned(*shape, decades=2)
     left, _, right = torch.linalg.svd(g, full_matrices=False)
-    x = optim.polar_reference(g)
+    x = rules.polar_reference(g)
     values = torch.linalg.svdvals(x)
     assert values.min() > 0.8 and values.max() < 1.2
     inside = left.T @ x @ right.T
@@ -52,7 +52,7 @@ def test_polar_keeps_singular_vectors_and_brings_singular_values_near_one(shape)
 def test_a_muon_step_moves_every_direction_alike():
     """The update of a badly conditioned gradient is near-orthogonal: no direction waits for a large gradient."""
     p = torch.zeros(32, 32, dtype=torch.float64)
-    new, _, _ = optim.muon_reference(p, conditioned(32, 32, 1.5), p, torch.zeros(32, 1), 1.0, 0.0, 0.0)
+    new, _, _ = rules.muon_reference(p, conditioned(32, 32, 1.5), p, torch.zeros(32, 1), 1.0, 0.0, 0.0)
     values = torch.linalg.svdvals(new)
     assert values.max() / values.min() < 1.7
     assert math.isclose(float(new.norm()), math.sqrt(32), rel_tol=1e-6)
@@ -74,7 +74,7 @@ def test_decay_is_cautious():
     p = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     update = torch.tensor([[0.5, 0.5, -0.5, -0.5]])
     q = p.clone()
-    optim.cautious_(q, update, 0.1, 2.0)
+    rules.cautious_(q, update, 0.1, 2.0)
     moved_without_decay = p - 0.1 * update
     assert torch.allclose(moved_without_decay - q, torch.tensor([[0.2, 0.0, 0.0, -0.2]]))
 
@@ -83,8 +83,8 @@ def test_momentum_at_one_step_is_nesterov():
     """With momentum mu the direction is that of (1 - mu^2) g at the first step, so only its sign and shape count."""
     g = matrix(8, 8)
     zero = torch.zeros_like(g)
-    a, m, _ = optim.muon_reference(zero, g, zero, torch.zeros(8, 1), 1.0, 0.9, 0.0)
-    b, _, _ = optim.muon_reference(zero, g, zero, torch.zeros(8, 1), 1.0, 0.0, 0.0)
+    a, m, _ = rules.muon_reference(zero, g, zero, torch.zeros(8, 1), 1.0, 0.9, 0.0)
+    b, _, _ = rules.muon_reference(zero, g, zero, torch.zeros(8, 1), 1.0, 0.0, 0.0)
     assert torch.allclose(m, 0.1 * g) and torch.allclose(a, b, atol=1e-4)
 
 
@@ -137,7 +137,7 @@ def test_fast_muon_is_the_reference(shape, dtype, tolerance):
         for p, g in zip(params, grads):
             p.grad = g.clone()
         optimizer.step(0.7, 0.9, 0.3)
-        plain = [optim.muon_reference(*(p, g, m, v), 0.014, 0.9, 0.3) for (p, m, v), g in zip(plain, grads)]
+        plain = [rules.muon_reference(*(p, g, m, v), 0.014, 0.9, 0.3) for (p, m, v), g in zip(plain, grads)]
     for p, (q, _, _) in zip(params, plain):
         assert torch.allclose(p.detach(), q, atol=tolerance, rtol=0)
 
@@ -146,10 +146,10 @@ def test_fast_muon_is_the_reference(shape, dtype, tolerance):
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
 def test_polar_by_gram_is_polar(shape, decades):
     g = conditioned(*shape, decades)[None]
-    exact = torch.stack([optim.polar_reference(g[0])])
-    start = g / (g.norm() * optim.SAFETY + optim.NORM_EPS)
-    assert torch.allclose(optim.polar_by_gram(start), exact, atol=1e-9)
-    error = (optim.polar_by_gram(start.float()).double() - exact).norm() / exact.norm()
+    exact = torch.stack([rules.polar_reference(g[0])])
+    start = g / (g.norm() * rules.SAFETY + rules.NORM_EPS)
+    assert torch.allclose(rules.polar_by_gram(start), exact, atol=1e-9)
+    error = (rules.polar_by_gram(start.float()).double() - exact).norm() / exact.norm()
     assert error < 5e-3
 
 
@@ -164,7 +164,7 @@ def test_fast_adamw_is_the_reference_and_torchs(role):
         g = matrix(5, 7, seed=t)
         p.grad = g.clone()
         optimizer.step(0.5)
-        plain, m, v = optim.adamw_reference(plain, g, m, v, t, 0.01, rule)
+        plain, m, v = rules.adamw_reference(plain, g, m, v, t, 0.01, rule)
         lists = [torchs], [g], [moments[0]], [moments[1]], [], [count]
         adamw(*lists, foreach=False, amsgrad=False, maximize=False, lr=0.01, **rule._asdict())
     assert torch.allclose(p.detach(), plain, atol=1e-13) and torch.allclose(torchs, plain, atol=1e-13)
@@ -175,7 +175,7 @@ def test_bf16_polar_step_stays_close():
     g = matrix(32, 32, dtype=torch.float32)[None]
     out = []
     for dtype in (None, torch.bfloat16):
-        out.append(optim.muon_update(g.clone(), torch.zeros_like(g), torch.zeros(1, 32, 1), 0.9, dtype=dtype))
+        out.append(rules.muon_update(g.clone(), torch.zeros_like(g), torch.zeros(1, 32, 1), 0.9, dtype=dtype))
     assert out[1].dtype == torch.float32
     assert (out[0] - out[1]).norm() / out[0].norm() < 0.1
 
