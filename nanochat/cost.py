@@ -81,6 +81,18 @@ def activations(config: GPTConfig, rows: int, bytes_per_value: int = 2) -> int:
     return rows * config.sequence_len * (config.n_layer * block + KEPT_OUTSIDE * config.n_embd) * bytes_per_value
 
 
+def recomputation(config: GPTConfig, rows: int, bytes_per_value: int = 2) -> dict[str, int]:
+    """What running each block again in the backward pass costs and saves.
+
+    "flops": extra FLOPs a token, the blocks' forward. "saved": bytes that are not kept, all but each block's input and
+    the inside of the one block at work.
+    """
+    forward = 2 * parameters(config)["matrix"] + 4 * config.n_embd * _attended(config)
+    block = KEPT_WIDTH * config.n_embd + KEPT_KV * config.kv_dim + KEPT_MLP * 4 * config.n_embd
+    kept = config.n_layer * (block - config.n_embd) - block
+    return {"flops": forward, "saved": max(rows * config.sequence_len * kept * bytes_per_value, 0)}
+
+
 def memory(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: int = 2) -> dict[str, int]:
     """Bytes a device needs at the peak of a training step, by part, for `rows` rows of the whole context. An estimate.
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat import attention
 from nanochat.errors import UserError, refuse
@@ -240,6 +241,7 @@ class GPT(nn.Module):
         self.config = config
         self.attend = attend or attention.load("sdpa").attend
         self.compute_dtype = torch.float32
+        self.recompute = False  # keep only each block's input for the backward pass, and run the block again there
         self.run_block = run_block  # or its twin, see by_hand()
         layers, padded = range(config.n_layer), config.padded_vocab
         self.transformer = nn.ModuleDict(
@@ -330,6 +332,12 @@ class GPT(nn.Module):
         twin.run_block = run_block_by_hand
         return twin
 
+    def block_by_block(self) -> GPT:
+        """A twin that shares every parameter, its blocks compiled one by one: so their gradients come one by one."""
+        twin = copy.copy(self)
+        twin.run_block = torch.compile(run_block, dynamic=False)
+        return twin
+
     # ---- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, ids, targets=None, cache=None, reduction="mean", last_only=False, last=None):
@@ -363,13 +371,18 @@ class GPT(nn.Module):
         before = torch.zeros_like(x[:, :1]) if cache is None else cache.previous(x).to(dtype)  # (B, 1, C)
         x = x0 = smear(x, before, self.smear_gate, self.smear_lambda)
         middle = None
+        run = self._run_again if self.recompute and torch.is_grad_enabled() else self.run_block
         for i, (block, window) in enumerate(zip(self.transformer.h, self.windows())):
             scales = self.resid_lambdas[i], self.x0_lambdas[i]
             embedded = self.value_embeds[str(i)](ids, dtype) if str(i) in self.value_embeds else None
-            x = self.run_block(block, x, x0, scales, embedded, rope, window, self.attend, cache)
+            x = run(block, x, x0, scales, embedded, rope, window, self.attend, cache)
             if i == self.config.n_layer // 2:
                 middle = x
         return finish(x, middle, self.backout_lambda)
+
+    def _run_again(self, *arguments) -> torch.Tensor:
+        """run_block with activation checkpointing (arXiv 1604.06174); there is no randomness to repeat."""
+        return checkpoint(self.run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def _activation_dtype(self) -> torch.dtype:
         stored = self.lm_head.weight.dtype

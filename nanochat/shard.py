@@ -40,6 +40,12 @@ def apply(model: torch.nn.Module, runtime: Runtime) -> None:
         part.set_force_sum_reduction_for_comms(True)
 
 
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Compile each block's forward for fixed shapes; the gathering around it stays outside of the graphs."""
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward, dynamic=False)
+
+
 def sharded(model: torch.nn.Module) -> bool:
     """Has `apply` been here?"""
     return any(is_part(p) for p in model.parameters())

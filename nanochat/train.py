@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nanochat import faults
+from nanochat import faults, shard
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 
@@ -238,12 +238,15 @@ def calm_gc() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def resting(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluate inside: eval mode, no gradients, fp8 layers replaced by their exact twins; afterwards as before."""
+    """Evaluate inside: eval mode, no gradients, fp8 layers replaced by their exact twins; afterwards as before.
+
+    A sharded model is whole on every rank inside, so ranks need not run it equally often; entering is then collective.
+    """
     was_training = model.training
     fp8 = sys.modules.get("nanochat.kernels.fp8")  # imported only where a run converted its model
     model.eval()
     try:
-        with torch.no_grad(), fp8.disabled(model) if fp8 else contextlib.nullcontext():
+        with torch.no_grad(), shard.whole(model), fp8.disabled(model) if fp8 else contextlib.nullcontext():
             yield
     finally:
         model.train(was_training)
@@ -270,13 +273,24 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def fastest(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> tuple[Callable, str]:
-    """The model in the form that trains fastest on this device, or the model itself, and a line that says which."""
+    """The model in the form that trains fastest on this device, or the model itself, and a line that says which.
+
+    Block by block where there are several ranks: a whole backward pass in one graph gives all gradients at its end,
+    and their reduction would hide behind nothing.
+    """
     if not wanted:
         return model, "plain: --compile=off"
+    if runtime.device.type == "cpu" and shard.sharded(model):
+        return model, "plain: blocks by hand don't gather shards"
     if runtime.device.type == "cpu":
         return model.by_hand(), "blocks by hand, with their own attention; nothing to compile"
     if runtime.device.type == "mps":
         return model, "plain: torch.compile is not used on MPS"
     with warnings.catch_warnings():  # torch's own imports use what torch deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
+        if shard.sharded(model):
+            shard.compile_blocks(model)
+            return model, "torch.compile, block by block"
+        if runtime.world > 1:
+            return model.block_by_block(), "torch.compile, block by block"
         return torch.compile(model, dynamic=False), "torch.compile"

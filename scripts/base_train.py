@@ -21,6 +21,7 @@ from nanochat import (
     checkpoint,
     cli,
     core_eval,
+    cost,
     dataloader,
     dataset,
     hardware,
@@ -33,6 +34,7 @@ from nanochat import (
     saving,
     scaling,
     schedule,
+    shard,
     train,
     watch,
 )
@@ -63,6 +65,8 @@ class Config:
     fp8: bool = False  # fp8 matmuls (Hopper, Ada and later)
     fp8_recipe: str = "tensorwise"  # the only recipe that is faster than bf16 here
     compile: str = "auto"  # auto or on: torch.compile on CUDA, blocks by hand on CPU; off: neither
+    shard: str = "optimizer"  # over ranks: optimizer, or full: parameters and gradients too, if one device is too small
+    recompute: bool = False  # run blocks again in the backward pass instead of keeping what is inside them
     # horizon: the first one that is set wins
     num_iterations: int = -1  # updates
     target_flops: float = -1.0  # FLOPs of the whole run
@@ -125,7 +129,17 @@ def make_plan(cfg: Config, vocab_size: int, world: int) -> scaling.Plan:
     )
 
 
-def describe(plan: scaling.Plan, rt: runtime.Runtime, name: str, backend: attention.Backend, how: str) -> str:
+def describe_recompute(plan: scaling.Plan, rt: runtime.Runtime, on: bool) -> str:
+    """What activation checkpointing costs and saves."""
+    if not on:
+        return ""
+    price = cost.recomputation(plan.config, plan.device_batch_size, rt.dtype.itemsize)
+    more = price["flops"] / plan.flops_per_token
+    return f"; blocks run again: {more:+.0%} FLOPs, about {price['saved'] / 1e9:.2f} GB of activations not kept"
+
+
+def describe(plan: scaling.Plan, rt: runtime.Runtime, name: str, backend: attention.Backend, how: str,
+             recompute: bool = False) -> str:  # fmt: skip
     """What the run decided, for people."""
     c, p = plan.config, plan.parameters
     passed = "".join(f"; {other} not: {why}" for other, why in backend.passed_over)
@@ -140,7 +154,7 @@ def describe(plan: scaling.Plan, rt: runtime.Runtime, name: str, backend: attent
         ("rates", f"x {plan.lr_mult:.3f} by the batch law, {plan.warmup_steps} warm-up updates, "
                   f"decay {plan.weight_decay:.4g}"),
         ("attention", backend.name + passed),
-        ("forward", how),
+        ("forward", how + describe_recompute(plan, rt, recompute)),
     ]  # fmt: skip
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
 
@@ -164,6 +178,10 @@ def check(cfg: Config) -> None:
         problems.append(f"--compile={cfg.compile} is unknown: use auto, on or off.")
     if cfg.fp8 and cfg.fp8_recipe != "tensorwise":
         problems.append(f"--fp8-recipe={cfg.fp8_recipe} is not offered: tensorwise is (rowwise is slower than bf16).")
+    if cfg.shard not in ("optimizer", "full"):
+        problems.append(f"--shard={cfg.shard} is unknown: use optimizer or full.")
+    if cfg.fp8 and cfg.shard == "full":
+        problems.append("--fp8 and --shard=full don't go together: choose one.")
     if cfg.eval_tokens < 0:
         problems.append(f"--eval-tokens={cfg.eval_tokens} must be 0 (no bpb) or more.")
     if cfg.spike_action not in ("skip", "rollback"):
@@ -175,10 +193,12 @@ def check(cfg: Config) -> None:
 
 def build(plan: scaling.Plan, cfg: Config, rt: runtime.Runtime, attend) -> GPT:
     """A model with fresh weights, alike on all ranks, its matmuls in fp8 if asked."""
-    with torch.device(rt.device):
+    with torch.device("cpu" if cfg.shard == "full" else rt.device):  # whole it may not fit the device
         model = GPT(plan.config, attend=attend)
     model.init_weights(cfg.seed)
-    model.compute_dtype = rt.dtype
+    model.compute_dtype, model.recompute = rt.dtype, cfg.recompute
+    if cfg.shard == "full":
+        shard.apply(model, rt)
     if cfg.fp8:
         from nanochat.kernels import fp8
 
@@ -226,7 +246,7 @@ def main(cfg: Config) -> dict:
     log = record.Record(root / "record.jsonl", run=cfg.run, stage="base", config=cfg, main=rt.main,
                         resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
     log.event("plan", plan=plan, device=name, dtype=rt.dtype_reason, attention=backend.name, compile=how)
-    log.say(describe(plan, rt, name, backend, how))
+    log.say(describe(plan, rt, name, backend, how, cfg.recompute))
     for note in (*plan.notes, *notes):
         log.say(f"note: {note}")
     # 5. loop ---------------------------------------------------------------------------------------------------------
@@ -265,9 +285,10 @@ def main(cfg: Config) -> dict:
                     )
                 metrics["core"] = core["core"]
                 log.eval(step, f"step {step:5d} | CORE {core['core']:.4f}", core=core["core"], core_tasks=core["tasks"])
-            if rt.main and train.due(step, off(cfg.sample_every), last):
+            if train.due(step, off(cfg.sample_every), last):
                 with train.resting(model):
-                    samples.continuations(model, tokenizer, log, step)
+                    if rt.main:
+                        samples.continuations(model, tokenizer, log, step)
             if last:
                 break
             began = time.perf_counter()

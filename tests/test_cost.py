@@ -93,8 +93,18 @@ def test_activation_estimate_is_what_autograd_keeps(kv_heads):
     config = GPTConfig(
         sequence_len=64, vocab_size=64, n_layer=6, n_head=4, n_kv_head=kv_heads, n_embd=128, window_pattern="L"
     )
+    measured, less = (kept_bytes(config, recompute) for recompute in (False, True))
+    assert cost.activations(config, 2, bytes_per_value=4) == pytest.approx(measured, rel=0.1)
+    saved = cost.recomputation(config, 2, bytes_per_value=4)["saved"]
+    inside = cost.activations(config, 2, bytes_per_value=4) / config.n_layer  # of the one block at work, not seen here
+    assert saved + inside == pytest.approx(measured - less, rel=0.1)
+
+
+def kept_bytes(config, recompute):
+    """What autograd keeps of a forward pass of 2 rows, parameters left out."""
     model = GPT(config)
     model.init_weights(0)
+    model.recompute = recompute
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept, alive = {}, []
 
@@ -105,8 +115,14 @@ def test_activation_estimate_is_what_autograd_keeps(kv_heads):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.hidden(torch.randint(64, (2, 64)))
-    measured = sum(size for address, size in kept.items() if address not in known)
-    assert cost.activations(config, 2, bytes_per_value=4) == pytest.approx(measured, rel=0.1)
+    return sum(size for address, size in kept.items() if address not in known)
+
+
+def test_recomputation_costs_the_blocks_forward():
+    """A third of the training FLOPs of all but the head."""
+    config = published(12)
+    extra, head = cost.recomputation(config, 1)["flops"], 6 * config.n_embd * config.padded_vocab
+    assert 3 * extra == pytest.approx(cost.flops_per_token(config) - head)
 
 
 def test_memory_estimate_adds_up_and_grows_with_rows():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny_model import tiny_gpt
 from torch.nn import functional as F
 
 from nanochat import attention
@@ -459,3 +460,14 @@ def test_the_bench_of_the_model_compares_with_plain_twins(capsys):
     tiny = bench_model.Config(depth=1, aspect_ratio=16, head_dim=16, vocab_size=64, sequence_len=32, rows=1, turns=1,
                               compile=False)  # fmt: skip
     assert bench_model.main(tiny)
+
+
+def test_recomputed_blocks_give_the_same_gradient_bit_for_bit():
+    ids = torch.arange(24)[None] % 50
+    gradients = []
+    for recompute in (False, True):
+        model = tiny_gpt()
+        model.recompute = recompute
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
