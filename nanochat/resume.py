@@ -15,11 +15,9 @@ from nanochat.runtime import Runtime
 # Flags that may differ between the two lives of a run: they don't change what is learned.
 FREE = {
     "run", "device_type", "resume", "resume_from_step", "force", "keep", "save_every", "eval_every", "eval_tokens",
-    "shard", "recompute",
     "sample_every", "core_metric_every", "core_metric_max_per_task", "compile", "attention", "model_tag", "bundle",
     "chatcore_every", "chatcore_max_cat", "chatcore_max_sample", "eval_examples", "keep_every", "keep_best",
-    "watchdog", "spike", "spike_action", "device_batch_size",
-    "shard", "recompute",
+    "watchdog", "spike", "spike_action", "device_batch_size", "shard", "recompute",
 }  # fmt: skip
 
 
