@@ -1,79 +1,48 @@
 """Batched generation: sequences join and leave at every step, each with its own sampling, tools, limits and seed.
 
     engine = Engine(model, tokenizer, slots=32)
-    sequences = engine.submit(ids, Sampling(temperature=0.8, max_tokens=100), n=4)   # waits for a free slot
+    sequences = engine.submit(ids, Sampling(temperature=0.8, max_tokens=100), n=4)   # waits for its turn
     while engine.busy:
-        for sequence, token, forced, finished in engine.step(): ...
+        for event in engine.step(): ...                                              # event.sequence, event.token, ...
     replies = engine.complete([ids, more_ids], Sampling(...), n=2)                   # the same, until all are done
 
-A step feeds every running sequence its newest token and gives each exactly one more; new sequences get their prompt
-prefilled in the same step (up to `prefill_tokens` of them a step, so a long prompt does not hold up the others) and
-with it their first token. Running sequences lie in neighbouring slots, so a finished one costs nothing from the next
-step on, and no forward follows a last token. The n replies to one prompt share its prefill. Positions never pass
-`max_len`: a longer prompt is refused, a reply that reaches it ends with finish "length".
+A step feeds every running sequence its newest token and gives each one more, or several where guesses from its own text
+prove right (nanochat/speculation.py). Prompts are read in the same step, `prefill_tokens` of them at most, so a long
+one does not hold up the others; the step that reads its end brings the first token. Prompts that begin alike, such as
+the turns of a chat, share what has been read (nanochat/blocks.py), the n replies to one prompt all of it. No forward
+follows a last token. Positions never pass `max_len`: a longer prompt is refused, a reply that reaches it ends with
+finish "length". Who runs when, and what happens when memory runs out: nanochat/scheduler.py.
 
-Slot 0 is where a prompt longer than `prefill_tokens` is read chunk by chunk; row i of the batch lives in slot i + 1.
 One thread may use an engine at a time.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from nanochat import logprobs
-from nanochat.decode import Decoder
-from nanochat.errors import UserError
+from nanochat.decode import Batch, Runner
+from nanochat.errors import UserError, refuse
 from nanochat.gpt import GPT
-from nanochat.kvcache import SlotCache
-from nanochat.logprobs import Top
+from nanochat.graphs import StaticDecode
+from nanochat.kvcache import KVCache
+from nanochat.paged import Chunks, Rows, block_size
 from nanochat.sampling import Knobs, Sampling, child_seed, sample, uniform
-from nanochat.streaming import StopFinder, TextStream
+from nanochat.scheduler import GUESS_ROWS, Plan, Scheduler
+from nanochat.sequence import Completion, Event, Prompt, Sequence
 from nanochat.tools import ToolState, ToolTokens
-
-
-@dataclass
-class Completion:
-    """A finished reply. `ids` has neither the prompt nor the stop token, which is `stop_token` (None if none came)."""
-
-    ids: list[int]
-    mask: list[int]  # 1: sampled by the model, 0: forced by a tool
-    text: str  # decoded ids, cut before a stop string
-    finish: str  # "stop", "length" or "cancelled"
-    stop_token: int | None = None
-    logprobs: list[float | None] | None = None  # of `ids` and then of the stop token; None where forced
-    top_logprobs: list[Top | None] | None = None  # as long as `logprobs`; None where forced
-    prompt_logprobs: list[float | None] | None = None  # one a prompt token; the first has none
-    prompt_top_logprobs: list[Top | None] | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # how many of the prompt's tokens were not computed for this reply
-
-
-class Event(NamedTuple):
-    """One token of one sequence. `finished` is None or why it ended; the last token may be the stop token.
-
-    A step may bring several of one sequence, in order. logprob and top are as the Sampling asks, None where forced.
-    """
-
-    sequence: Sequence
-    token: int
-    forced: bool
-    finished: str | None
-    logprob: float | None = None
-    top: Top | None = None
 
 
 @dataclass(frozen=True)
 class Stats:
     """What an engine is doing, and has done since it was made."""
 
-    running: int  # sequences that get tokens
-    waiting: int  # sequences that wait for room, or whose prompt is being read
+    running: int  # sequences that get tokens, or whose prompt is being read
+    waiting: int  # sequences that wait for room
     blocks_used: int  # of the cache, by sequences
     blocks_free: int  # that a sequence could get, those that hold reusable prefixes included
     prompt_tokens: int  # submitted
@@ -85,150 +54,81 @@ class Stats:
     accepted_tokens: int  # of them, right
 
 
-@dataclass
-class _Prompt:
-    """What the n sequences of one request share."""
-
-    ids: list[int]
-    waiting: int  # sequences that have not started
-    law: list[tuple[float, Top]] | None = None  # log probability and alternatives of all tokens but the first
-    logits: torch.Tensor | None = None  # (1, V) behind the prompt, kept while others wait
-    last: torch.Tensor | None = None  # (C,) the cache's newest embedding at that point
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One reply being made: its prompt, its parameters and what it has so far. Made by Engine.submit."""
-
-    prompt: _Prompt
-    sampling: Sampling
-    seed: int
-    stop_tokens: frozenset[int]
-    tools: ToolState | None
-    tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)
-    top_logprobs: list[Top | None] = field(default_factory=list)
-    cached: int = 0  # tokens of the prompt that were not computed for it
-    finished: str | None = None
-    stop_token: int | None = None
-    _text: TextStream | None = None
-    _stops: StopFinder | None = None
-    _shown: str = ""
-
-    def __len__(self) -> int:
-        return len(self.prompt.ids) + len(self.tokens)
-
-    def take(self, token: int, logprob: float | None, top: Top, limit: int) -> Event:
-        """Accept this step's sampled token, or the one that a tool forces; sets `finished`."""
-        forced = bool(self.tools is not None and self.tools.forced)
-        if forced:
-            token = self.tools.forced.popleft()
-        logprob = logprob if self.sampling.logprobs and not forced else None
-        alternatives = top[: self.sampling.top_logprobs] if self.sampling.top_logprobs and not forced else None
-        if self.sampling.logprobs:
-            self.logprobs.append(logprob)
-            self.top_logprobs.append(alternatives)
-        self._append(token, forced, limit)
-        return Event(self, token, forced, self.finished, logprob, alternatives)
-
-    def _append(self, token: int, forced: bool, limit: int) -> None:
-        tools = self.tools
-        if not forced and token in self.stop_tokens:
-            self.finished, self.stop_token = "stop", token
-            return
-        self.tokens.append(token)
-        self.mask.append(int(not forced))
-        if tools is not None:
-            tools.feed(token)
-        if self._stops is not None and self._stopped(token):
-            self.finished = "stop"
-        elif len(self.tokens) == self.sampling.max_tokens or len(self) >= limit:
-            self.finished = "length"
-
-    def _stopped(self, token: int) -> bool:
-        self._shown += self._stops.feed(self._text.feed(token))
-        return self._stops.hit
-
-    def completion(self, tokenizer) -> Completion:
-        """The reply as a value."""
-        text = tokenizer.decode(self.tokens)
-        if self._stops is not None and self._stops.hit:
-            text = self._shown
-        sampling, law = self.sampling, self.prompt.law or []
-        return Completion(
-            list(self.tokens),
-            list(self.mask),
-            text,
-            self.finished or "cancelled",
-            self.stop_token,
-            list(self.logprobs) if sampling.logprobs else None,
-            list(self.top_logprobs) if sampling.top_logprobs else None,
-            [None, *(logprob for logprob, _ in law)] if sampling.prompt_logprobs else None,
-            [None, *(top for _, top in law)] if sampling.prompt_logprobs and sampling.top_logprobs else None,
-            len(self.prompt.ids),
-            self.cached,
-        )
-
-
 class Engine:
     """Runs a model for many sequences at once; see the module's docstring.
 
     slots: sequences decoded together. max_len: longest prompt and reply together, at most the model's context.
     prefill_tokens: most prompt tokens read in one step. tools: whether python blocks are answered by the calculator.
-    frozen: promise that the weights never change again; else they are laid out anew whenever work begins.
+    guesses: most tokens guessed ahead for a sequence; 0 turns speculation off.
+    cache_tokens: room for keys and values (None: slots whole sequences, if memory allows); block: tokens a block.
+    frozen: promise that the weights never change again; else they are laid out anew, and the cache is forgotten,
+    whenever work begins. int8: 8-bit weights (CPU). static: decode with fixed shapes, graphs: as CUDA graphs (both
+    None: on a GPU).
     """
 
-    def __init__(self, model, tokenizer, *, slots=32, max_len=None, prefill_tokens=1024, tools=True, frozen=False):
+    def __init__(
+        self, model, tokenizer, *, slots=32, max_len=None, prefill_tokens=1024, tools=True, frozen=False,
+        guesses=4, cache_tokens=None, block=None, int8=False, static=None, graphs=None,
+    ):  # fmt: skip
+        self._kind = {k: v for k, v in locals().items() if k not in ("self", "model", "tokenizer")}
         context = model.config.sequence_len
         self.max_len = context if max_len is None else max_len
-        if not 2 <= self.max_len <= context:
-            raise UserError(f"max_len is {self.max_len}, but it must be 2 to {context}, the model's context.")
-        if slots < 1 or prefill_tokens < 1:
-            raise UserError(f"slots is {slots} and prefill_tokens {prefill_tokens}, but both must be at least 1.")
+        refuse(_problems(self.max_len, context, slots, prefill_tokens, guesses, block))
         self.model, self.tokenizer = model, tokenizer
-        self.slots, self.prefill_tokens = slots, prefill_tokens
-        self.device = model.lm_head.weight.device
-        self.cache = SlotCache(slots + 1, self.max_len, model.attend)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.reading: Sequence | None = None  # its prompt is in slot 0, in part
-        self.frozen, self._stale = frozen, True  # whether the decoder's layout may differ from the weights
-        self._decoder = Decoder(model) if isinstance(model, GPT) else None
-        self.forwards = 0  # calls of the model so far, for tests and benches
-        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+        self.slots, self.prefill_tokens, self.frozen = slots, prefill_tokens, frozen
+        self.runner = Runner(model, int8) if isinstance(model, GPT) else model  # tests bring models of their own
+        self.device, dtype = model.lm_head.weight.device, getattr(self.runner, "dtype", torch.float32)
+        size = block or block_size(self.device, dtype)
+        self.cache = KVCache(
+            model.config, self.device, dtype, max_len=self.max_len, rows=slots, size=size, tokens=cache_tokens
+        )
+        self.scheduler = Scheduler(self.cache, slots, prefill_tokens, guesses)
+        on_gpu = self.device.type == "cuda"
+        static = on_gpu if static is None else static
+        graphs = on_gpu if graphs is None else graphs
+        self.static = StaticDecode(self.runner, self.cache, max(slots, GUESS_ROWS), graphs) if static else None
+        self.forwards = 0  # calls of the model so far
+        self._stale = True  # whether the runner's layout may differ from the weights
+        self._counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"), 0)
         self._tools = ToolTokens.of(tokenizer) if tools else None
         self._stop_tokens = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos))
-        self._knobs: Knobs | None = None  # of the running rows; None after a change
+        self._knobs: tuple[list[Sampling], Knobs] | None = None  # of the last step's rows
 
     def fresh(self) -> Engine:
         """An empty engine of the same kind, for after a step that failed half way."""
-        kind = {"slots": self.slots, "max_len": self.max_len, "prefill_tokens": self.prefill_tokens}
-        return Engine(self.model, self.tokenizer, **kind, tools=self._tools is not None, frozen=self.frozen)
+        return Engine(self.model, self.tokenizer, **self._kind)
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.running or self.waiting or self.reading)
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def stats(self) -> Stats:
         """What is going on, and totals."""
-        running, waiting = len(self.running), len(self.waiting) + bool(self.reading)
-        blocks = {"blocks_used": running + bool(self.reading), "blocks_free": self.slots - running}
-        idle = {"preemptions": 0, "drafted_tokens": 0, "accepted_tokens": 0}
-        return Stats(running=running, waiting=waiting, forwards=self.forwards, **blocks, **self._counts, **idle)
+        scheduler, pools = self.scheduler, self.cache.pools
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_used=sum(pool.used for pool in pools),
+            blocks_free=sum(len(pool.free) for pool in pools),
+            cached_tokens=scheduler.cached_tokens,
+            preemptions=scheduler.preemptions,
+            forwards=self.forwards,
+            **self._counts,
+        )
 
     def submit(self, ids: list[int], sampling: Sampling | None = None, n: int = 1) -> list[Sequence]:
         """Queue n replies to one prompt. UserError: empty prompt, unknown ids, no room for a reply in the context."""
         sampling = sampling or Sampling()
         self.check(ids, n)
-        prompt = _Prompt(list(ids), waiting=n)
+        if not (self.busy or self.frozen):
+            self._stale = True
+        prompt = Prompt(list(ids), waiting=n)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sequences = [self._sequence(prompt, sampling, child_seed(seed, i)) for i in range(n)]
-        self._stale = self._stale or not (self.busy or self.frozen)
-        self.waiting.extend(sequences)
+        self.scheduler.waiting.extend(sequences)
         self._counts["prompt_tokens"] += n * len(ids)
         return sequences
 
@@ -248,25 +148,19 @@ class Engine:
     def _sequence(self, prompt, sampling, seed):
         stops = self._stop_tokens if sampling.stop_tokens is None else frozenset(sampling.stop_tokens)
         tools = ToolState(self._tools) if self._tools else None
-        sequence = Sequence(prompt, sampling, seed, stops, tools)
+        sequence = Sequence(prompt, sampling, seed, stops, tools, list(prompt.ids))
         if sampling.stop:
-            sequence._text, sequence._stops = TextStream(self.tokenizer), StopFinder(sampling.stop)
+            sequence.watch_text(self.tokenizer)
         return sequence
 
-    @torch.inference_mode()
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence now, whatever it is doing: no further forward includes it. Nothing if it has ended."""
         if sequence.finished:
             return
         sequence.finished = "cancelled"
-        if sequence in self.running:
-            self._leave(self.running.index(sequence))
-            return
-        sequence.prompt.waiting -= 1
-        if sequence is self.reading:
-            self.reading = None
-        else:
-            self.waiting.remove(sequence)
+        if not sequence.started:
+            sequence.prompt.waiting -= 1
+        self.scheduler.leave(sequence)
 
     def complete(
         self, prompts, sampling: Sampling | list[Sampling] | None = None, n: int = 1
@@ -286,21 +180,26 @@ class Engine:
         return [[sequence.completion(self.tokenizer) for sequence in group] for group in groups]
 
     def generate(self, ids: list[int], sampling: Sampling | None = None, n: int = 1) -> Iterator[tuple[list, list]]:
-        """Yield, a step, (tokens, mask) of the n replies to one prompt: mask 1 sampled, 0 forced.
+        """Yield, a token, (tokens, mask) of the n replies to one prompt: mask 1 sampled, 0 forced.
 
-        A row's last token may be its stop token; after it the row's token is None. Closing the iterator cancels.
+        A row's last token may be its stop token; where a row has no token, as after its end, it is None. Closing the
+        iterator cancels.
         """
         sequences = self.submit(ids, sampling, n)
         row = {id(sequence): i for i, sequence in enumerate(sequences)}
         try:
             while any(not sequence.finished for sequence in sequences):
-                tokens, mask = [None] * n, [0] * n
+                columns = []
                 for event in self.step():
                     i = row.get(id(event.sequence))
-                    if i is not None:
-                        tokens[i], mask[i] = event.token, int(not event.forced)
-                if any(token is not None for token in tokens):
-                    yield tokens, mask
+                    if i is None:
+                        continue
+                    column = next((c for c in columns if c[0][i] is None), None)
+                    if column is None:
+                        column = [None] * n, [0] * n
+                        columns.append(column)
+                    column[0][i], column[1][i] = event.token, int(not event.forced)
+                yield from columns
         finally:
             for sequence in sequences:
                 self.cancel(sequence)
@@ -309,137 +208,126 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One token for every running sequence, and for those whose prompt was read in this step; [] when idle."""
-        if self._stale and self.busy and self._decoder:
-            self._decoder.refresh()
-            self._stale = False
-        logits = [self._decode()] if self.running else []  # each (b, V), in the order of the rows
-        logits += self._start()
-        if not logits:
+        """One token or more for every running sequence, and for those whose prompt was read to its end."""
+        if self._stale and self.busy:
+            self._refresh()
+        plan, logits = self.scheduler.plan(), []
+        rows = [*plan.rows, *((twin, []) for twin in plan.twins)]  # (sequence, its guesses)
+        if plan.rows:
+            logits.append(self._decode(plan))
+        logits += [twin.prompt.logits for twin in plan.twins]
+        if plan.chunks:
+            logits.append(self._read(plan))
+            rows += [(sequence, []) for sequence, _ in plan.chunks if not sequence.pending]
+            twins = self.scheduler.fork()
+            rows += [(twin, []) for twin in twins]
+            logits += [twin.prompt.logits for twin in twins]
+        for sequence, _ in rows:
+            if not sequence.prompt.waiting:
+                sequence.prompt.logits = None
+        if not rows:
             return []
-        logits = logits[0] if len(logits) == 1 else torch.cat(logits)
-        drawn = self._sample(logits)
-        events = [sequence.take(*draw, self.max_len) for sequence, *draw in zip(self.running, *drawn)]
+        return self._take(rows, logits[0] if len(logits) == 1 else torch.cat(logits))
+
+    def _refresh(self) -> None:
+        """The weights may have changed: lay them out, forget what was computed with the old ones."""
+        if isinstance(self.runner, Runner):
+            self.runner.refresh()
+        self.cache.flush()
+        if self.static:
+            self.static.forget()
+        self._stale = False
+
+    def _decode(self, plan: Plan) -> torch.Tensor:
+        """The newest token of each row and its guesses -> logits, a row of them for each."""
+        batch = Batch()
+        for sequence, guesses in plan.rows:
+            batch.add(sequence.pages, sequence.ids[-2:], len(sequence) - 1)
+            for i, guess in enumerate(guesses):
+                batch.add(sequence.pages, [batch.ids[-1], guess], len(sequence) + i)
+        self.forwards += 1
+        if self.static:
+            return self.static(batch)
+        return self.runner(batch, Rows(self.cache, list(zip(batch.owners, batch.positions))))
+
+    def _read(self, plan: Plan) -> torch.Tensor:
+        """The next parts of prompts -> logits behind the prompts that are whole now."""
+        batch, spans, wanted, ends, laws = Batch(), [], [], [], []
+        for sequence, count in plan.chunks:
+            start = sequence.pages.length
+            batch.extend(sequence.ids, start, count)
+            spans.append((sequence.pages, start, count))
+            if sequence.sampling.prompt_logprobs and len(sequence.prompt.law) < len(sequence.prompt.ids) - 1:
+                laws.append((sequence, start, len(wanted), count))
+                wanted += range(len(batch.ids) - count, len(batch.ids))
+            elif count == sequence.pending:
+                wanted.append(len(batch.ids) - 1)
+            if count == sequence.pending:
+                ends.append(len(wanted) - 1)
+        logits = self.runner(batch, Chunks(self.cache, self.model.attend, spans), wanted)
+        self.forwards += 1
+        for sequence, count in plan.chunks:
+            sequence.pages.advance(sequence.ids, sequence.pages.length + count)
+        for sequence, start, first, count in laws:
+            self._learn_law(sequence, start, logits[first : first + count])
+        logits = logits[ends] if len(ends) < len(logits) else logits
+        for row, sequence in enumerate(s for s, _ in plan.chunks if not s.pending):
+            if sequence.prompt.waiting and not sequence.tokens:
+                sequence.prompt.logits = logits[row : row + 1].clone()
+        return logits
+
+    def _learn_law(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        """logits (T, V) behind the tokens from `start` on: the log probabilities of those that follow in the prompt."""
+        ids, law = sequence.prompt.ids, sequence.prompt.law
+        skip = len(law) - start  # known from before the sequence lost its place
+        targets = ids[start + 1 + skip : start + 1 + len(logits)]
+        if targets:
+            top = sequence.sampling.top_logprobs
+            law += logprobs.of_prompt(logits[skip : skip + len(targets)], torch.tensor(targets).to(self.device), top)
+
+    def _take(self, rows: list[tuple[Sequence, list[int]]], logits: torch.Tensor) -> list[Event]:
+        """Draw at every place, keep guesses while they are what was drawn -> events."""
+        events, at, ended = [], 0, []
+        drawn = list(zip(*self._sample(rows, logits)))
+        for sequence, guesses in rows:
+            length, first, right = len(sequence), len(events), 0
+            for i in range(len(guesses) + 1):
+                event = sequence.take(*drawn[at + i], self.max_len)
+                events.append(event)
+                if event.finished or i == len(guesses) or event.token != guesses[i]:
+                    break
+                right += 1
+            at += len(guesses) + 1
+            if guesses and not events[first].forced:
+                sequence.drafter.learn(right)
+                self._counts["drafted_tokens"] += len(guesses)
+                self._counts["accepted_tokens"] += right
+            sequence.pages.advance(sequence.ids, min(length + right, len(sequence)))
+            if sequence.finished:
+                ended.append(sequence)
+        for sequence in ended:
+            self.scheduler.leave(sequence)
         self._counts["generated_tokens"] += len(events)
-        for i in range(len(self.running) - 1, -1, -1):
-            if self.running[i].finished:
-                self._leave(i)
         return events
 
-    def _forward(self, rows: list[list[int]], first: int) -> torch.Tensor:
-        """Feed rows of new ids to the slots from `first` on -> fp32 logits (b, V) behind each row's last."""
-        counts = [len(row) for row in rows]
-        width = max(counts)
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows]).to(self.device, non_blocking=True)
-        view = self.cache.view(first, counts)
-        if width == 1 and self._decoder:
-            logits = self._decoder(ids, view)
-        else:
-            last = None
-            if min(counts) < width:
-                last = torch.tensor(counts).sub_(1).to(self.device, non_blocking=True)
-            logits = self.model(ids, cache=view, last_only=True, last=last)[:, 0]
-        self.cache.advance(first, counts)
-        self.forwards += 1
-        return logits
-
-    def _decode(self):
-        return self._forward([[sequence.tokens[-1]] for sequence in self.running], 1)
-
-    def _sample(self, logits):
-        """(b, V) -> ids, log probabilities and alternatives as lists: the one copy to the host of a step."""
-        if self._knobs is None:
-            self._knobs = Knobs([sequence.sampling for sequence in self.running], self.device)
-        u = torch.tensor([uniform(sequence.seed, len(sequence.tokens)) for sequence in self.running])
-        ids = sample(logits, self._knobs, u.to(self.device, non_blocking=True))
-        asked = any(sequence.sampling.logprobs for sequence in self.running)
-        top = max(sequence.sampling.top_logprobs for sequence in self.running)
+    def _sample(self, rows, logits):
+        """(n, V) -> ids, log probabilities and alternatives as lists: the one copy to the host of a step."""
+        params = [sequence.sampling for sequence, guesses in rows for _ in range(len(guesses) + 1)]
+        if self._knobs is None or self._knobs[0] != params:
+            self._knobs = params, Knobs(params, self.device)
+        draws = [uniform(s.seed, len(s.tokens) + i) for s, guesses in rows for i in range(len(guesses) + 1)]
+        ids = sample(logits, self._knobs[1], torch.tensor(draws).to(self.device, non_blocking=True))
+        asked = any(each.logprobs for each in params)
+        top = max(each.top_logprobs for each in params)
         return logprobs.unpack(logprobs.pack(logits, ids, asked, top))
 
-    # -- joining and leaving ------------------------------------------------------------------------------------------
 
-    def _start(self) -> list[torch.Tensor]:
-        """Let waiting sequences join the running ones -> the logits of those who did, in the order of their rows."""
-        if self.reading:
-            return self._read_on()
-        logits, batch, twins, widest = [], [], [], 0
-        while self.waiting and len(self.running) + len(batch) + len(twins) < self.slots:
-            prompt = self.waiting[0].prompt
-            widest = max(widest, len(prompt.ids))
-            if any(sequence.prompt is prompt for sequence in batch):
-                twins.append(self.waiting.popleft())
-            elif self._holder(prompt) is not None:
-                logits.append(self._fork(self.waiting.popleft()))
-            elif (len(batch) + 1) * widest <= self.prefill_tokens:
-                batch.append(self.waiting.popleft())
-            elif not batch and not logits:
-                self.reading, self.cache.lengths[0] = self.waiting.popleft(), 0
-                return self._read_on()
-            else:
-                break
-        return logits + self._read(batch) + [self._fork(sequence) for sequence in twins]
-
-    def _read(self, batch: list[Sequence]) -> list[torch.Tensor]:
-        """Prefill whole prompts together."""
-        if not batch:
-            return []
-        first = len(self.running) + 1
-        self.cache.lengths[first : first + len(batch)] = [0] * len(batch)
-        logits = self._forward([sequence.prompt.ids for sequence in batch], first)
-        for i, sequence in enumerate(batch):
-            self._join(sequence, logits[i : i + 1])
-        return [logits]
-
-    def _read_on(self) -> list[torch.Tensor]:
-        """Prefill the next chunk of a long prompt; when it is whole, its sequence joins."""
-        sequence, done = self.reading, self.cache.lengths[0]
-        logits = self._forward([sequence.prompt.ids[done : done + self.prefill_tokens]], 0)
-        if self.cache.lengths[0] < len(sequence.prompt.ids):
-            return []
-        self.cache.copy(0, len(self.running) + 1)
-        self.reading = None
-        self._join(sequence, logits)
-        return [logits]
-
-    def _join(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        """Its prompt is in the next free slot: run it. What its twins will need is kept while there are any."""
-        prompt = sequence.prompt
-        self.running.append(sequence)
-        self._knobs = None
-        prompt.waiting -= 1
-        if sequence.sampling.prompt_logprobs and prompt.law is None:
-            self._read_law(sequence)
-        if not prompt.waiting:
-            prompt.logits = prompt.last = None
-        elif prompt.logits is None:
-            prompt.logits, prompt.last = logits.clone(), self.cache.newest(len(self.running))
-
-    def _read_law(self, sequence: Sequence) -> None:
-        """The log probabilities of a prompt's tokens."""
-        ids = torch.tensor([sequence.prompt.ids], device=self.device)
-        top = sequence.sampling.top_logprobs
-        sequence.prompt.law = logprobs.of_prompt(self.model(ids)[0, :-1], ids[0, 1:], top) if ids.size(1) > 1 else []
-
-    def _holder(self, prompt: _Prompt) -> int | None:
-        """The slot of a running sequence with the same prompt."""
-        if prompt.logits is None:
-            return None
-        return next((slot for slot, sequence in enumerate(self.running, 1) if sequence.prompt is prompt), None)
-
-    def _fork(self, sequence: Sequence) -> torch.Tensor:
-        """Start from a running twin's prompt without reading it again."""
-        prompt, slot = sequence.prompt, len(self.running) + 1
-        logits = prompt.logits
-        self.cache.copy(self._holder(prompt), slot, len(prompt.ids), prompt.last)
-        sequence.cached = len(prompt.ids)
-        self._counts["cached_tokens"] += sequence.cached
-        self._join(sequence, logits)
-        return logits
-
-    def _leave(self, row: int) -> None:
-        """Take a running sequence out; the last one moves into its slot, so that the slots in use stay neighbours."""
-        mover = self.running.pop()
-        if row < len(self.running):
-            self.cache.copy(len(self.running) + 1, row + 1)
-            self.running[row] = mover
-        self._knobs = None
+def _problems(max_len, context, slots, prefill_tokens, guesses, block) -> list[str]:
+    """What is wrong with an engine's sizes."""
+    least = {"slots": (slots, 1), "prefill_tokens": (prefill_tokens, 1), "guesses": (guesses, 0)}
+    if block is not None:
+        least["block"] = (block, 1)
+    problems = [f"{name} is {have}, but must be at least {low}." for name, (have, low) in least.items() if have < low]
+    if not 2 <= max_len <= context:
+        problems.append(f"max_len is {max_len}, but it must be 2 to {context}, the model's context.")
+    return problems

@@ -26,10 +26,10 @@ def says(monkeypatch):
 
     def install(text, **sizes):
         class Talker(Scripted):
-            def forward(self, ids, cache=None, last_only=True, last=None):
-                if cache.starts[0] == 0:  # a new prompt: the script begins behind it
-                    self.script = [0] * ids.size(1) + self.reply
-                return super().forward(ids, cache)
+            def forward(self, batch, attention, wanted=None):
+                if wanted is not None:  # a new prompt: the script begins behind it
+                    self.script = [0] * (batch.positions[-1] + 1) + self.reply
+                return super().forward(batch, attention, wanted)
 
         model = Talker([])
         model.reply = ids_of(text) if isinstance(text, str) else [*text, TOKENIZER.special("<|assistant_end|>")]

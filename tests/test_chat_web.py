@@ -27,7 +27,7 @@ HELLO = [{"role": "user", "content": "Hi"}]
 @contextlib.contextmanager
 def serving(text=ALPHABET, seconds=0.0, slots=4, waiting=4, max_tokens=30, api_key=None, local=True):
     """A server on a free port whose model says `text`: yields (base url, worker)."""
-    engine = Engine(Chain(text, seconds), TOKENIZER, slots=slots, frozen=True)
+    engine = Engine(Chain(text, seconds), TOKENIZER, slots=slots, frozen=True, guesses=0)
     worker = Worker(engine, waiting=waiting)
     settings = Settings("test", Sampling(temperature=0, max_tokens=max_tokens), api_key, local)
     listener = socket.socket()

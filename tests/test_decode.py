@@ -1,39 +1,84 @@
-"""The decode step with its own weight layout against GPT.forward, its slow twin."""
+"""The engine's forward against GPT.forward, its slow twin: prompts in parts, rows, rows with nothing but tensors."""
 
 import pytest
 import torch
 from tiny_model import TOKENIZER, tiny_gpt
 
-from nanochat.decode import PACKED_ROWS, Decoder
+from nanochat.decode import INT8_ROWS, Batch, Runner
 from nanochat.engine import Engine
-from nanochat.kvcache import SlotCache
+from nanochat.graphs import StaticDecode, sizes
+from nanochat.kvcache import KVCache
+from nanochat.paged import Chunks, Rows
 from nanochat.sampling import Sampling
 
 
 @torch.inference_mode()
-def both(model, lengths, steps=3):
-    """Logits (steps, B, V) of the decoder and of GPT.forward for rows that already hold `lengths` tokens."""
+def both(model, lengths, steps=3, way="rows", shared=0, size=4, int8=False):
+    """Logits (steps, B, V) of the runner and of GPT.forward for rows that already hold `lengths` tokens.
+
+    The first `shared` tokens are the same for all, and in the same blocks; size: tokens a block.
+    """
     random = torch.Generator().manual_seed(0)
     rows = [torch.randint(256, (length + steps,), generator=random) for length in lengths]
-    cache = SlotCache(len(rows), model.config.sequence_len, model.attend)
-    for slot, (row, length) in enumerate(zip(rows, lengths)):
-        if length:
-            model(row[None, :length], cache=cache.view(slot, [length]))
-            cache.advance(slot, [length])
-    decoder, fast, slow = Decoder(model), [], []
-    decoder.refresh()
+    runner, most = Runner(model, int8), model.config.sequence_len
+    runner.refresh()
+    cache = KVCache(model.config, runner.device, runner.dtype, max_len=most, rows=len(rows), size=size)
+    owners = []
+    for row, length in zip(rows, lengths):
+        row[:shared] = rows[0][:shared]
+        pages = cache.pages()
+        start = pages.match(row[: length + 1].tolist())
+        assert start == (shared if owners and shared else 0)
+        read(runner, cache, model, pages, row.tolist(), start, length)
+        owners.append(pages)
+    static = StaticDecode(runner, cache, len(rows) + 3, graphs=False)
+    fast, slow = [], []
     for step in range(steps):
-        ids = torch.stack([row[length + step] for row, length in zip(rows, lengths)]).unsqueeze(1)
-        fast.append(decoder(ids, cache.view(0, [1] * len(rows))))
-        cache.advance(0, [1] * len(rows))
+        batch = Batch()
+        for pages, row, length in zip(owners, rows, lengths):
+            assert pages.grow(length + step + 1)
+            batch.add(pages, row[max(0, length + step - 1) : length + step + 1].tolist(), length + step)
+        if way == "rows":
+            fast.append(runner(batch, Rows(cache, list(zip(batch.owners, batch.positions)))))
+        else:
+            fast.append(static(batch).clone())
+        for pages, row, length in zip(owners, rows, lengths):
+            pages.advance(row.tolist(), length + step + 1)
         slow.append(torch.cat([model(row[None, : length + step + 1])[:, -1] for row, length in zip(rows, lengths)]))
     return torch.stack(fast), torch.stack(slow)
 
 
-@pytest.mark.parametrize("lengths", [[5], [0], [30, 3], [9, 9, 9], [40, 1, 0, 22, 7], [12] * PACKED_ROWS], ids=str)
-def test_a_step_equals_the_full_forward(lengths):
-    fast, slow = both(tiny_gpt(), lengths)
+def read(runner, cache, model, pages, ids, start, stop, chunk=7):
+    """The tokens start to stop - 1 of ids into the pages."""
+    for first in range(start, stop, chunk):
+        count = min(chunk, stop - first)
+        assert pages.grow(first + count)
+        batch = Batch()
+        batch.extend(ids, first, count)
+        runner(batch, Chunks(cache, model.attend, [(pages, first, count)]), [])
+        pages.advance(ids, first + count)
+
+
+@pytest.mark.parametrize("way", ["rows", "static"])
+@pytest.mark.parametrize("lengths", [[5], [0], [30, 3], [9, 9, 9], [40, 1, 0, 22, 7]], ids=str)
+def test_a_step_equals_the_full_forward(lengths, way):
+    fast, slow = both(tiny_gpt(), lengths, way=way)
     torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("short", [0, 3, 128])
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_rows_with_the_same_beginning_read_it_once(size, short, monkeypatch):
+    monkeypatch.setattr("nanochat.paged.SHORT", short)
+    fast, slow = both(tiny_gpt(window_pattern="L"), [32, 40, 33, 50, 36], shared=32, size=size)
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
+    fast, slow = both(tiny_gpt(), [33, 40, 33], shared=32, size=size)
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
+
+
+def test_the_sizes_of_graphs_reach_every_number_of_rows():
+    for most in (1, 2, 16, 33, 256):
+        assert sizes(most)[-1] == most and sizes(most) == sorted(set(sizes(most)))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +106,13 @@ def test_half_precision_stays_near(stored):
     assert (fast - slow).abs().mean() < 0.1 and fast.dtype == torch.float32
 
 
+def test_8_bit_weights_are_near_and_the_same_for_few_rows_and_many():
+    few, slow = both(tiny_gpt(n_embd=64), [20, 3], int8=True)
+    many, _ = both(tiny_gpt(n_embd=64), [20, 3] + [5] * INT8_ROWS, int8=True)
+    assert (few - slow).abs().mean() < 0.1
+    assert (few - many[:, :2]).abs().mean() < 0.03  # activations in bf16 for few rows
+
+
 def test_the_engine_lays_changed_weights_out_anew():
     model, greedy = tiny_gpt(), Sampling(temperature=0, max_tokens=6, stop_tokens=())
     engine = Engine(model, TOKENIZER)
@@ -69,3 +121,14 @@ def test_the_engine_lays_changed_weights_out_anew():
         for p in model.parameters():
             p.data.mul_(-0.7)  # as an optimizer may, without a trace in the version counter
     assert engine.complete([[1, 2]], greedy)[0][0].ids == list(model.generate_naive([1, 2], 6, temperature=0))
+
+
+def test_changed_weights_make_the_cache_forget():
+    model, greedy = tiny_gpt(), Sampling(temperature=0, max_tokens=6, stop_tokens=())
+    engine, ids = Engine(model, TOKENIZER), list(range(40))
+    engine.complete([ids], greedy)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data.mul_(-0.7)
+    [reply] = engine.complete([ids], greedy)[0]
+    assert reply.ids == list(model.generate_naive(ids, 6, temperature=0)) and reply.cached_tokens == 0

@@ -10,7 +10,7 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling
 
-MODEL = tiny_gpt()
+MODEL, WIDE = tiny_gpt(), tiny_gpt(window_pattern="L")
 GREEDY = Sampling(temperature=0, max_tokens=8, stop_tokens=(), logprobs=True)
 END = TOKENIZER.special("<|assistant_end|>")
 
@@ -74,7 +74,7 @@ def run_schedule(actions, slots, chunk, model=MODEL):
 
     def step():
         events = engine.step()
-        assert len({id(event.sequence) for event in events}) == len(events) <= slots
+        assert len({id(event.sequence) for event in events}) <= slots
         for event in events:
             assert id(event.sequence) not in seen, "a token after the end"
             if event.finished:
@@ -161,7 +161,7 @@ def test_the_samples_of_a_prompt_share_its_prefill_and_differ():
 
 
 def test_samples_that_wait_for_a_slot_start_from_a_running_twin():
-    engine = Engine(MODEL, TOKENIZER, slots=2)
+    engine = Engine(WIDE, TOKENIZER, slots=2, guesses=0)
     waiting = engine.submit(prompt(20), Sampling(**{**vars(GREEDY), "max_tokens": 3}))
     twins = engine.submit(prompt(21), GREEDY, n=3)
     while engine.busy:
@@ -170,7 +170,7 @@ def test_samples_that_wait_for_a_slot_start_from_a_running_twin():
         engine.forwards == 1 + 2 + 7 + 6
     )  # one prefill for both; 2 steps with both rows; the third twin waits for room
     assert len({tuple(twin.tokens) for twin in twins}) == 1 and waiting[0].finished == "length"
-    check_greedy(MODEL, prompt(21), twins[2].tokens, twins[2].logprobs)
+    check_greedy(WIDE, prompt(21), twins[2].tokens, twins[2].logprobs)
 
 
 # -- nothing is wasted ------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_no_forward_follows_the_last_token_pitfall_26():
 
 def test_finished_rows_are_not_decoded_pitfall_26():
     model = Scripted([0] * 40)
-    engine = Engine(model, TOKENIZER)
+    engine = Engine(model, TOKENIZER, guesses=0)
     limits = [2, 4, 4, 9]
     params = [Sampling(temperature=0, stop_tokens=(), max_tokens=limit) for limit in limits]
     engine.complete([[5]] * 4, params)
@@ -193,7 +193,7 @@ def test_finished_rows_are_not_decoded_pitfall_26():
 
 def test_a_cancelled_sequence_gets_no_further_forward_pitfall_32():
     model = Scripted([0] * 60)
-    engine = Engine(model, TOKENIZER, slots=2)
+    engine = Engine(model, TOKENIZER, slots=2, guesses=0)
     first, second, third = (
         engine.submit([5], Sampling(temperature=0, stop_tokens=(), max_tokens=20))[0] for _ in range(3)
     )

@@ -11,14 +11,20 @@ from scripts.infer_bench import Config
 TINY = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "vocab_size": 300, "sequence_len": 64, "prompt_tokens": 8}
 
 
-def test_it_measures_each_batch_size_and_ends_with_json(capsys):
-    result = infer_bench.main(Config(**TINY, decode_tokens=6, batch_sizes="1,3", repeats=1, top_k=5))
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(result))
+@pytest.mark.parametrize("hf", [False, pytest.param(True, marks=pytest.mark.slow)])  # transformers: seconds to import
+def test_it_measures_each_batch_size_and_ends_with_json(capsys, tmp_path, hf):
+    out = tmp_path / "bench.json"
+    cfg = Config(**TINY, decode_tokens=6, batch_sizes="1,3", repeats=1, top_k=5, hf=hf, out=str(out), guesses=0)
+    result = infer_bench.main(cfg)
+    said = capsys.readouterr().out.splitlines()
+    assert json.loads(said[-1]) == json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert [batch["rows"] for batch in result["batches"]] == [1, 3]
+    assert set(result["batches"][1]) >= {"samples", "clients", "floor_ms", "naive_tokens_per_s"}
     for batch in result["batches"]:
-        seconds = batch["first_token_s"] + 5 * batch["step_ms"] / 1e3
-        assert batch["tokens_per_s"] == pytest.approx(batch["rows"] * 6 / seconds, rel=0.9)
-        assert batch["ratio"] > 0 and batch["bytes_per_step"] > 0
+        assert all(batch[load]["tokens_per_s"] > 0 for load in ("samples", "clients") if load in batch)
+        assert batch["bytes_per_step"] > 0 and ("hf_tokens_per_s" in batch) == hf
+    if hf:
+        assert result["llama_parameters"] == pytest.approx(result["parameters"], rel=0.5)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ LAYERS = [
     {"rules", "banks", "shard", "optim", "schedule", "scaling", "train", "faults", "watch"},
     {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "saving", "resume"},
-    {"sampling", "logprobs", "tools", "streaming", "kvcache", "decode", "engine", "sandbox", "execution"},
+    {"sampling", "logprobs", "tools", "streaming", "speculation", "sandbox", "execution"},
+    {"blocks", "kvcache", "paged", "decode", "graphs", "sequence", "scheduler", "engine"},
     {"loss_eval", "core_eval", "chat_eval", "samples", "report", "pictures", "journal", "export"},
     {"serve"},
 ]

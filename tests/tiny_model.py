@@ -45,12 +45,12 @@ class Scripted(torch.nn.Module):
         self.lm_head = torch.nn.Linear(1, 1)
         self.script, self.rows = script, []
 
-    def forward(self, ids, cache=None, last_only=True, last=None):
-        positions = cache.positions(*ids.shape)[:, -1]
-        self.rows.append(len(ids))
-        logits = torch.full((len(ids), 1, self.config.vocab_size), -20.0)
-        for row, position in enumerate(positions.tolist()):
-            logits[row, 0, self.script[position + 1]] = 20.0
+    def forward(self, batch, attention, wanted=None):
+        self.rows.append(len(batch.ids))
+        wanted = range(len(batch.ids)) if wanted is None else wanted
+        logits = torch.full((len(wanted), self.config.vocab_size), -20.0)
+        for row, i in enumerate(wanted):
+            logits[row, self.script[min(batch.positions[i] + 1, len(self.script) - 1)]] = 20.0
         return logits
 
 
@@ -76,12 +76,13 @@ class Chain(torch.nn.Module):
         self.next = dict(zip([TOKENIZER.special("<|assistant_start|>"), *ids], [*ids, ids[0]]))
         self.seconds, self.steps, self.fail = seconds, 0, False
 
-    def forward(self, ids, cache=None, last_only=True, last=None):
+    def forward(self, batch, attention, wanted=None):
         time.sleep(self.seconds)
         self.steps += 1
         if self.fail:
             raise RuntimeError("out of memory")
-        logits = torch.full((len(ids), 1, self.config.vocab_size), -20.0)
-        for row, tokens in enumerate(ids.tolist()):
-            logits[row, 0, self.next.get(tokens[-1 if last is None else int(last[row])], 0)] = 20.0
+        wanted = range(len(batch.ids)) if wanted is None else wanted
+        logits = torch.full((len(wanted), self.config.vocab_size), -20.0)
+        for row, i in enumerate(wanted):
+            logits[row, self.next.get(batch.ids[i], 0)] = 20.0
         return logits
