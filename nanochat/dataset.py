@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat import manifest
 from nanochat.errors import UserError
 from nanochat.paths import base_dir, read_json, write_json
 
@@ -167,6 +168,7 @@ class ParquetCorpus(Corpus):
         self.remedy = remedy  # what to do about a file that can't be read
         self._spans: dict[str, list[tuple[int, int]]] = {}
         self._groups = _Recent()
+        self._manifest = manifest.Checked(folder)
 
     def shards(self, split: str) -> list[str]:
         return self.files[split]
@@ -216,10 +218,12 @@ class ParquetCorpus(Corpus):
         return ParquetCorpus(self.name, self.identity, self.folder, files, self.remedy)
 
     def _open(self, name: str) -> pq.ParquetFile:
-        """Open a shard. UserError: it is damaged, or it has no text."""
+        """Open a shard. UserError: it is not what the manifest says, it is damaged, or it has no text."""
         path = self.folder / name
         try:
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(self._manifest.path(name))
+        except UserError as error:
+            raise UserError(f"{error}: {self.remedy}.") from error
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(path, error) from error
         schema = file.schema_arrow
@@ -340,8 +344,7 @@ def _validation_shard(folder: Path, names: list[str], asked: str | None) -> str:
 
 
 def _manifest_choice(folder: Path) -> str | None:
-    manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-    return _with_suffix(manifest.get("val_shard")) if isinstance(manifest, dict) else None
+    return _with_suffix(manifest.read(folder).get("val_shard"))
 
 
 def _with_suffix(name: str | None) -> str | None:

@@ -23,13 +23,15 @@ import tyro
 
 from nanochat.dataset import HUB, HubCorpus
 from nanochat.errors import UserError
-from nanochat.paths import base_dir, free_bytes, read_json, sha256, write_json
+from nanochat.manifest import NAME
+from nanochat.manifest import read as read_manifest
+from nanochat.manifest import write as write_manifest
+from nanochat.paths import base_dir, free_bytes, sha256
 
 ATTEMPTS = 5  # per shard, as published; each one also retries inside a transfer that makes progress
 FIRST_WAIT = 1.0  # seconds before the second attempt, doubled each time
 FINAL = (401, 403, 404)  # HTTP answers that another attempt won't change
 GIVE_UP = 8  # shards that fail in a row before the rest is not even tried
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _manifest(source: HubCorpus, folder: Path) -> dict:
-    if (folder / MANIFEST).exists():
-        manifest = read_json(folder / MANIFEST)
+    if (folder / NAME).exists():
+        manifest = read_manifest(folder)
         if manifest.get("repo") != source.repo:
-            raise UserError(f"{folder / MANIFEST} is not of {source.repo}: move that folder away and run again.")
+            raise UserError(f"{folder / NAME} is not of {source.repo}: move that folder away and run again.")
         return manifest
     return {"repo": source.repo, "revision": None, "val_shard": source.val_shard, "files": {}}
 
@@ -173,7 +175,7 @@ def _fetch_all(
         finally:
             hub.stop.set()  # for Ctrl-C: transfers under way end within a chunk, what they got stays
             pool.shutdown(wait=True, cancel_futures=True)
-            write_json(folder / MANIFEST, manifest | {"files": dict(sorted(manifest["files"].items()))})
+            write_manifest(folder, manifest | {"files": dict(sorted(manifest["files"].items()))})
     return failed
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"kernels"},
     {"attention", "gpt", "cost"},
     {"rules", "banks", "shard", "optim", "schedule", "scaling", "train", "faults", "watch"},
-    {"tokenizer", "chat", "packing", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
+    {"tokenizer", "chat", "packing", "manifest", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "saving", "resume"},
     {"sampling", "logprobs", "tools", "streaming", "speculation", "sandbox", "execution"},
     {"blocks", "kvcache", "paged", "decode", "graphs", "sequence", "scheduler", "engine"},
