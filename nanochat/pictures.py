@@ -85,11 +85,11 @@ def _stack(axes: Any, props: dict[str, Any]) -> None:
     c = props["config"]
     below = [("token ids", "", SOFT), ("embedding, RMS norm", f"{c['vocab_size']:,} x {c['n_embd']}", BLUE),
              ("smear: a little of the previous token", f"x {props['smear']:.3f}", TEAL)]  # fmt: skip
-    layers = [
-        (f"block {i}", f"x {layer['resid']:.2f} + {layer['x0']:.2f} x0   window {layer['window']:,}"
-         + ("   + value embedding" if layer["value_embedding"] else ""), VIOLET)
-        for i, layer in enumerate(props["layers"])
-    ]  # fmt: skip
+    layers = []
+    for i, layer in enumerate(props["layers"]):
+        sign = "-" if layer["x0"] < 0 else "+"
+        note = f"x {layer['resid']:.2f} {sign} {abs(layer['x0']):.2f} x0   window {layer['window']:,}"
+        layers.append((f"block {i}", note + ("   + value embedding" if layer["value_embedding"] else ""), VIOLET))
     above = [("minus backout of the middle, RMS norm", f"x {props['backout']:.3f}", TEAL),
              ("head, soft cap 15 tanh(z / 15)", f"{c['n_embd']} x {c['vocab_size']:,}", AMBER),
              ("logits of the next token", "", SOFT)]  # fmt: skip

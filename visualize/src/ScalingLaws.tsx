@@ -44,8 +44,8 @@ const Measured: React.FC<ScalingLawsProps & { box: Box }> = ({ runs, best, law, 
       {law ? (
         <g>
           <path d={line(frontier.map((r) => r.flops), frontier.map((r) => law.a * r.flops ** law.b), sx, sy, progress(5, 2))} fill="none" stroke={AMBER} strokeWidth={5} strokeDasharray="14 10" />
-          <text x={box.x + 30} y={box.y + box.height - 30} fontSize={30} fontWeight={600} fill={AMBER} opacity={progress(6.5, 0.6)}>
-            best at a budget: bpb = {law.a.toPrecision(3)} · C^{law.b.toFixed(4)}
+          <text x={box.x + box.width} y={box.y - 18} textAnchor="end" fontSize={26} fontWeight={600} fill={AMBER} opacity={progress(6.5, 0.6)}>
+            best at a budget: {power(law.a)} · C<tspan dy={-10} fontSize={20}>{law.b.toFixed(4)}</tspan>
           </text>
         </g>
       ) : null}

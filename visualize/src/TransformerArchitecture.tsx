@@ -13,7 +13,7 @@ const rowsOf = (props: TransformerArchitectureProps): Row[] => {
   const blocks = props.layers.map((layer, i) => ({
     name: `block ${i}`,
     note:
-      `× ${layer.resid.toFixed(2)} + ${layer.x0.toFixed(2)} x₀   window ${layer.window.toLocaleString("en")}` +
+      `× ${layer.resid.toFixed(2)} ${layer.x0 < 0 ? "−" : "+"} ${Math.abs(layer.x0).toFixed(2)} x₀   window ${layer.window.toLocaleString("en")}` +
       (layer.value_embedding ? "   + value embedding" : ""),
     color: VIOLET,
   }));

@@ -67,11 +67,13 @@ export const ticks = ([low, high]: [number, number], count = 5): number[] => {
   return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
 };
 
-// Powers of ten in a range; its round numbers where there are fewer than two.
+// Powers of ten in a range; with their doubles and fives where there are fewer than three.
 export const decades = ([low, high]: [number, number]): number[] => {
-  const first = Math.ceil(Math.log10(low));
-  const found = Array.from({ length: Math.max(0, Math.floor(Math.log10(high)) - first + 1) }, (_, i) => 10 ** (first + i));
-  return found.length > 1 ? found : ticks([low, high], 3).filter((value) => value > 0);
+  const from = Math.floor(Math.log10(low));
+  const powers = Array.from({ length: Math.ceil(Math.log10(high)) - from + 1 }, (_, i) => 10 ** (from + i));
+  const inside = (values: number[]) => values.filter((value) => value >= low && value <= high);
+  const found = inside(powers);
+  return found.length > 2 ? found : inside(powers.flatMap((value) => [value, 2 * value, 5 * value]));
 };
 
 export const Axes: React.FC<{
