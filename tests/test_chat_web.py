@@ -1,76 +1,30 @@
-"""The server over real sockets: its endpoints, OpenAI's, limits, leaving clients, a full queue, who may enter."""
+"""The server over real sockets: published endpoints, limits, clients that leave, a full queue, who may enter."""
 
 import contextlib
-import json
-import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
-from tiny_model import TOKENIZER, Chain, save_checkpoint
+from serve_rig import HELLO, events, post, said, serving, until
+from tiny_model import TOKENIZER, save_checkpoint
 
 from nanochat import cli
-from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.sampling import Sampling
-from nanochat.serve.api import Settings, create_app
-from nanochat.serve.worker import Worker
+from nanochat.serve import guard, server
 from scripts import chat_web
-
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"  # said for ever
-HELLO = [{"role": "user", "content": "Hi"}]
-
-
-@contextlib.contextmanager
-def serving(text=ALPHABET, seconds=0.0, slots=4, waiting=4, max_tokens=30, api_key=None, local=True):
-    """A server on a free port whose model says `text`: yields (base url, worker)."""
-    engine = Engine(Chain(text, seconds), TOKENIZER, slots=slots, frozen=True, guesses=0)
-    worker = Worker(engine, waiting=waiting)
-    settings = Settings("test", Sampling(temperature=0, max_tokens=max_tokens), api_key, local)
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        create_app([worker], settings), log_level="warning", access_log=False, timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", worker
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-    assert not thread.is_alive() and not worker.alive
 
 
 @pytest.fixture(scope="module")
 def hello():
     """A server that says "Hey!" to everything."""
-    with serving("Hey!.") as (url, _):
-        yield url
-
-
-def post(url, path="/chat/completions", status=200, headers=None, **body):
-    answer = httpx.post(url + path, json=body, timeout=20, headers=headers)
-    assert answer.status_code == status, answer.text
-    return answer
-
-
-def events(answer):
-    return [json.loads(line[6:]) for line in answer.text.split("\n\n") if line and line != "data: [DONE]"]
-
-
-def until(condition, seconds=5):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
+    with serving("Hey!.") as rig:
+        yield rig.url
 
 
 # -- the published endpoints ------------------------------------------------------------------------------------------
@@ -80,57 +34,109 @@ def test_the_published_stream(hello):
     answer = post(hello, messages=HELLO, temperature=0.5, max_tokens=20, top_k=10)
     *tokens, done = events(answer)
     assert answer.headers["content-type"].startswith("text/event-stream")
-    assert tokens == [{"token": c, "gpu": 0} for c in "Hey!"]
-    assert done["done"] is True and done["finish"] == "stop" and done["parts"] == [{"type": "text", "text": "Hey!"}]
+    assert said(tokens) == "Hey!" and all(set(event) == {"token", "gpu"} and event["gpu"] == 0 for event in tokens)
+    assert done == {
+        "done": True,
+        "finish": "stop",
+        "tokens": 4,
+        "parts": [{"type": "text", "text": "Hey!"}],
+        "dropped": 0,
+    }
 
 
-def test_health_stats_models_page_and_logo(hello):
+def test_the_page_s_stream_has_safe_html_and_log_probabilities():
+    with serving("a*b_<c>.") as rig:
+        *stream, done = events(post(rig.url, messages=HELLO, html=True, logprobs=2))
+    blocks = []
+    for event in stream:
+        if "html" in event:
+            blocks[event["from"] :] = event["html"]
+    assert blocks == ["<p>a*b_&lt;c&gt;</p>\n"]
+    records = [record for event in stream for record in event.get("tokens", [])]
+    assert [text for text, _, _ in records] == list("a*b_<c>")
+    assert all(logprob <= 0 and len(top) == 2 and top[0] == [text, logprob] for text, logprob, top in records)
+
+
+def test_health_stats_models_page_and_its_files(hello):
     assert httpx.get(hello + "/health").json() == {"status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1}
+    assert httpx.get(hello + "/ready").json() == {"status": "ready"}
     stats = httpx.get(hello + "/stats").json()
     assert (stats["total_workers"], stats["busy_workers"]) == (1, 0) and stats["workers"][0]["device"] == "cpu"
     assert [model["id"] for model in httpx.get(hello + "/v1/models").json()["data"]] == ["test"]
-    assert httpx.get(hello + "/logo.svg").headers["content-type"] == "image/svg+xml"
     page = httpx.get(hello + "/")
-    assert "nanochat" in page.text and "http://" not in page.text and "https://" not in page.text
+    files = [page, *(httpx.get(hello + name) for name in ("/logo.svg", "/ui/chat.js", "/ui/page.css"))]
+    assert [file.headers["content-type"].split(";")[0] for file in files] == [
+        "text/html", "image/svg+xml", "text/javascript", "text/css",
+    ]  # fmt: skip
+    assert all(word not in file.text for file in files for word in ("https://", "innerHTML = text;", 'onclick="'))
     policy = page.headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("sha256-") == 2
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "<style" not in page.text
+    for name in ("/ui/../ui.html", "/ui/%2e%2e%2fui.html", "/ui/..%2fengine.py", "/ui/none.js"):
+        assert httpx.get(hello + name).status_code == 404
+    again = httpx.get(hello + "/ui/chat.js", headers={"if-none-match": files[2].headers["etag"]})
+    assert again.status_code == 304 and again.content == b""
+
+
+def test_metrics_count_and_tell_no_text(hello):
+    post(hello, messages=[{"role": "user", "content": "my secret diary"}])
+    httpx.get(hello + "/nowhere/my-secret")
+    text = httpx.get(hello + "/metrics").text
+    assert 'nanochat_requests_total{path="/chat/completions",status="200"}' in text
+    assert 'nanochat_engine_ready{engine="0"} 1.0' in text and "nanochat_time_to_first_token_seconds_count" in text
+    assert "secret" not in text and 'path="other",status="404"' in text
 
 
 def test_characters_come_whole_and_an_unfinished_one_is_flushed_pitfall_32():
     says = [ord("n"), *"é😀".encode(), 0xE2, 0x82, TOKENIZER.special("<|assistant_end|>")]
-    with serving(says) as (url, _):
-        *tokens, _ = events(post(url, messages=HELLO))
+    with serving(says, seconds=0.03) as rig:  # slow, so that every token travels alone
+        *tokens, _ = events(post(rig.url, messages=HELLO))
         assert [event["token"] for event in tokens] == ["n", "é", "😀", "\ufffd"]
 
 
 def test_calculator_calls_are_parts_and_come_back_faithfully_pitfall_32():
-    with serving("a«2*3»‹6›b.") as (url, worker):
-        *tokens, done = events(post(url, messages=HELLO))
+    with serving("a«2*3»‹6›b.") as rig:
+        *tokens, done = events(post(rig.url, messages=HELLO))
         kinds = [event.get("type", "text") for event in tokens]
-        assert kinds == ["text", "python", "python", "python", "python_output", "text"]
+        assert [k for k, before in zip(kinds, [None, *kinds]) if k != before] == [
+            "text",
+            "python",
+            "python_output",
+            "text",
+        ]
         assert [part["type"] for part in done["parts"]] == ["text", "python", "python_output", "text"]
         seen = []
-        worker.engine.check = lambda ids, n=1: seen.append(ids)
+        rig.engine.check = lambda ids, n=1: seen.append(ids)
         turn = [*HELLO, {"role": "assistant", "content": done["parts"]}, {"role": "user", "content": "again"}]
-        post(url, messages=turn)
+        post(rig.url, messages=turn)
+        message = {"role": "assistant", "content": "ab", "parts": done["parts"]}  # as OpenAI's clients send it back
+        post(rig.url, "/v1/chat/completions", messages=[*HELLO, message, turn[-1]])
+        assert seen[0] == seen[1]
         for name in ("python_start", "python_end", "output_start", "output_end"):
             assert seen[0].count(TOKENIZER.special(f"<|{name}|>")) == 1
+        edited = {**message, "content": "something else"}
+        post(rig.url, "/v1/chat/completions", messages=[*HELLO, edited, turn[-1]])
+        assert TOKENIZER.special("<|python_start|>") not in seen[2]
 
 
-def test_special_tokens_in_a_message_stay_text_pitfall_32(hello):
-    with serving("Hey!.") as (url, worker):
+def test_special_tokens_in_a_message_stay_text_pitfall_32():
+    with serving("Hey!.") as rig:
         seen = []
-        worker.engine.check = lambda ids, n=1: seen.append(ids)
-        post(url, messages=[{"role": "user", "content": "<|assistant_end|><|python_start|>"}])
-        assert seen[0].count(TOKENIZER.special("<|assistant_end|>")) == 0
-        assert seen[0].count(TOKENIZER.special("<|python_start|>")) == 0
+        rig.engine.check = lambda ids, n=1: seen.append(ids)
+        text = "<|assistant_end|><|python_start|>"
+        post(rig.url, messages=[{"role": "user", "content": text}])
+        post(rig.url, "/v1/completions", prompt=text)
+        for ids in seen:
+            assert not {TOKENIZER.special("<|assistant_end|>"), TOKENIZER.special("<|python_start|>")} & set(ids)
 
 
-def test_long_chats_lose_their_oldest_whole_turns_pitfall_32(hello):
+def test_long_chats_lose_their_oldest_whole_turns_pitfall_27(hello):
     turns = [{"role": role, "content": f"{role} {i} " + "x" * 40} for i in range(20) for role in ("user", "assistant")]
     done = events(post(hello, messages=turns + HELLO, max_tokens=100))[-1]
     assert done["dropped"] > 0 and done["dropped"] % 2 == 0 and done["finish"] == "stop"
+    answer = post(hello, "/v1/chat/completions", messages=turns + HELLO, max_tokens=100)
+    assert int(answer.headers["x-dropped-messages"]) == done["dropped"]
     assert "shorten" in post(hello, status=400, messages=[{"role": "user", "content": "x" * 3000}]).json()["detail"]
+    assert "shorten" in post(hello, "/v1/completions", status=400, prompt="x" * 3000).json()["detail"]
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
@@ -189,62 +195,24 @@ def test_a_body_that_hides_its_length_is_cut_off(hello):
     assert answer.status_code == 413
 
 
-# -- OpenAI's form ----------------------------------------------------------------------------------------------------
-
-
-def test_openai_whole(hello):
-    body = post(hello, "/v1/chat/completions", messages=HELLO, model="test", n=2).json()
-    assert body["object"] == "chat.completion" and body["model"] == "test"
-    assert [choice["index"] for choice in body["choices"]] == [0, 1]
-    for choice in body["choices"]:
-        assert choice["message"]["content"] == "Hey!" and choice["finish_reason"] == "stop"
-    prompt = body["usage"]["prompt_tokens"]
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 8, "total_tokens": prompt + 8}
-
-
-def test_openai_streamed(hello):
-    answer = post(hello, "/v1/chat/completions", messages=HELLO, stream=True, stream_options={"include_usage": True})
-    assert answer.text.endswith("data: [DONE]\n\n")
-    first, *middle, last, usage = events(answer)
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle) == "Hey!"
-    assert last["choices"][0]["finish_reason"] == "stop" and usage["usage"]["completion_tokens"] == 4
-    assert len({chunk["id"] for chunk in (first, *middle, last, usage)}) == 1
-
-
-def test_openai_limits_stops_and_refusals(hello):
-    with serving() as (url, _):
-
-        def choice(**body):
-            return post(url, "/v1/chat/completions", messages=HELLO, **body).json()["choices"][0]
-
-        cut = choice(max_completion_tokens=3)
-        assert (cut["message"]["content"], cut["finish_reason"]) == ("abc", "length")
-        assert choice(stop="fg")["message"]["content"] == "abcde"
-        assert choice(stop=["zz", "cd"])["finish_reason"] == "stop"
-        streamed = post(url, "/v1/chat/completions", messages=HELLO, stream=True, stop=["efg"])
-        assert "".join(e["choices"][0]["delta"].get("content", "") for e in events(streamed)) == "abcd"
-    assert (
-        "no model" in post(hello, "/v1/chat/completions", 404, messages=HELLO, model="gpt-9").json()["error"]["message"]
-    )
-    for wrong in ({"n": 9}, {"n": 0}, {"stop": ["x"] * 99}, {"stop": ""}, {"logprobs": True}, {"tools": [{}]}):
-        post(hello, "/v1/chat/completions", 400, messages=HELLO, **wrong)
-
-
 # -- many at once, and those who leave --------------------------------------------------------------------------------
 
 
+def together(url, count, **body):
+    """Ask several times at once, each in a thread; returns the threads."""
+    threads = [threading.Thread(target=post, args=(url,), kwargs={"messages": HELLO, **body}) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
 def test_health_answers_at_once_while_replies_are_made_pitfall_32():
-    with serving(seconds=0.05, slots=2, waiting=8) as (url, worker):
-        threads = [
-            threading.Thread(target=post, args=(url,), kwargs={"messages": HELLO, "max_tokens": 12}) for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        until(lambda: worker.load == 4)
+    with serving(seconds=0.05, slots=2, queue=8) as rig:
+        threads = together(rig.url, 4, max_tokens=12)
+        until(lambda: rig.load == 4)
         answers = 0
-        while worker.load:
-            assert httpx.get(url + "/health").status_code == 200
+        while rig.load:
+            assert httpx.get(rig.url + "/health").status_code == 200
             answers += 1
         for thread in threads:
             thread.join()
@@ -252,88 +220,238 @@ def test_health_answers_at_once_while_replies_are_made_pitfall_32():
 
 
 def test_requests_share_the_steps_pitfall_26():
-    with serving(seconds=0.04, slots=4) as (url, worker):
-        body = {"messages": HELLO, "max_tokens": 40}
-        threads = [threading.Thread(target=post, args=(url,), kwargs=body) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+    with serving(seconds=0.04, slots=4) as rig:
+        for thread in together(rig.url, 4, max_tokens=40):
             thread.join()
-        assert worker.tokens == 160 and worker.engine.model.steps < 120  # one after the other: 160
+        assert rig.pool.workers[0].tokens == 160 and rig.engine.model.steps < 120  # one after the other: 160
 
 
 @pytest.mark.parametrize(
     "path,stream", [("/chat/completions", True), ("/v1/chat/completions", True), ("/v1/chat/completions", False)]
 )
 def test_a_client_that_leaves_takes_its_reply_along_pitfall_32(path, stream):
-    with serving(seconds=0.03, max_tokens=300) as (url, worker):
+    with serving(seconds=0.03, max_tokens=300) as rig:
         with httpx.Client() as client:
             body = {"messages": HELLO, "stream": stream}
             if stream:
-                with client.stream("POST", url + path, json=body) as answer:
+                with client.stream("POST", rig.url + path, json=body) as answer:
                     next(answer.iter_text())
             else:
                 with pytest.raises(httpx.ReadTimeout):
-                    client.post(url + path, json=body, timeout=0.3)
-        until(lambda: worker.load == 0)
-        assert worker.tokens < 200  # of 300 in 9 seconds; the engine itself goes on for at most a step (test_engine)
-        steps = worker.engine.model.steps
+                    client.post(rig.url + path, json=body, timeout=0.3)
+        until(lambda: rig.load == 0)
+        until(lambda: not rig.engine.busy, 1)
+        assert rig.engine.stats().generated_tokens < 200  # of 300 in 9 seconds
+        steps = rig.engine.model.steps
         time.sleep(0.2)
-        assert worker.engine.model.steps == steps
+        assert rig.engine.model.steps == steps
+
+
+def test_a_cancelled_reply_gets_at_most_one_more_token():
+    with serving(seconds=0.02, max_tokens=300) as rig:
+        worker, counts = rig.threads[0].worker, []
+
+        class Watched(type(worker.inbox)):
+            def append(self, message):
+                if message.get("op") == "cancel":
+                    counts.append(worker.engine.stats().generated_tokens)
+                super().append(message)
+
+        worker.inbox = Watched()
+        with (
+            httpx.Client() as client,
+            client.stream("POST", rig.url + "/chat/completions", json={"messages": HELLO}) as answer,
+        ):
+            next(answer.iter_text())
+        until(lambda: counts and not rig.engine.busy)
+        assert rig.engine.stats().generated_tokens - counts[0] <= 1
 
 
 def test_a_full_queue_is_told_at_once_pitfall_32():
-    with serving(seconds=0.05, slots=1, waiting=1, max_tokens=40) as (url, worker):
-        with httpx.Client() as client, contextlib.ExitStack() as stack:
-            for _ in range(2):
-                stack.enter_context(client.stream("POST", url + "/chat/completions", json={"messages": HELLO}))
-            until(lambda: worker.load == 2)
-            for path in ("/chat/completions", "/v1/chat/completions"):
-                answer = post(url, path, 429, messages=HELLO)
-                assert int(answer.headers["retry-after"]) > 0 and "busy" in answer.json()["detail"]
-        until(lambda: worker.load == 0)
-        post(url, messages=HELLO, max_tokens=2)
+    with serving(seconds=0.03, slots=1, queue=1, max_tokens=40) as rig:
+        threads = together(rig.url, 2)
+        until(lambda: rig.load == 2)
+        for path in ("/chat/completions", "/v1/chat/completions"):
+            answer = post(rig.url, path, 429, messages=HELLO)
+            assert int(answer.headers["retry-after"]) > 0 and "busy" in answer.json()["detail"]
+        for thread in threads:
+            thread.join()
+        post(rig.url, messages=HELLO, max_tokens=2)
+
+
+def test_one_client_cannot_take_all():
+    with serving(seconds=0.02, slots=4, queue=8, at_once=2) as rig:
+        threads = together(rig.url, 2)
+        until(lambda: rig.load == 2)
+        answer = post(rig.url, status=429, messages=HELLO)
+        assert int(answer.headers["retry-after"]) > 0 and "2 replies" in answer.json()["detail"]
+        for thread in threads:
+            thread.join()
+        post(rig.url, messages=HELLO, max_tokens=2)
+    with serving("Hey!.", per_minute=2) as rig:
+        for _ in range(2):
+            post(rig.url, messages=HELLO)
+        answer = post(rig.url, status=429, messages=HELLO)
+        assert 1 <= int(answer.headers["retry-after"]) <= 30
+        assert httpx.get(rig.url + "/health").status_code == 200
+
+
+def test_a_deadline_ends_a_reply_with_what_there_is():
+    with serving(seconds=0.03, deadline=0.4, max_tokens=300, slots=1) as rig:
+        done = events(post(rig.url, messages=HELLO))[-1]
+        assert done["finish"] == "deadline" and 1 <= done["tokens"] == len(done["parts"][0]["text"])
+        choice = post(rig.url, "/v1/chat/completions", messages=HELLO).json()["choices"][0]
+        assert choice["finish_reason"] == "length" and choice["message"]["content"].startswith("abc")
+    with serving(seconds=1.0, deadline=0.4, slots=1) as rig:
+        assert "busy" in post(rig.url, status=429, messages=HELLO).json()["detail"]  # not even a first token
 
 
 def test_a_failing_step_ends_its_requests_and_not_the_server():
-    with serving(seconds=0.01) as (url, worker):
-        model = worker.engine.model
-        model.fail = True
-        assert events(post(url, messages=HELLO))[-1]["finish"] == "error"
-        post(url, "/v1/chat/completions", 500, messages=HELLO)
-        assert "error" in events(post(url, "/v1/chat/completions", messages=HELLO, stream=True))[-1]
-        model.fail = False
-        assert events(post(url, messages=HELLO, max_tokens=3))[-1]["finish"] == "length"
-        assert worker.load == 0
+    with serving(seconds=0.01) as rig:
+        model = rig.engine.model
+        for path, body in (("/chat/completions", {}), ("/v1/chat/completions", {"stream": True})):
+            model.fail = True
+            post(rig.url, path, 500, messages=HELLO, **body)
+            model.fail = False
+            post(rig.url, path, messages=HELLO, max_tokens=3, **body)
+        thread = threading.Thread(target=lambda: (until(lambda: model.steps > 20), setattr(model, "fail", True)))
+        model.steps = 0
+        thread.start()
+        cut = post(rig.url, "/v1/chat/completions", messages=HELLO, stream=True, max_tokens=60)  # fails half way
+        thread.join()
+        assert "error" in events(cut)[-1] and rig.load == 0
+
+
+def test_a_worker_that_dies_is_replaced_and_its_requests_are_told(monkeypatch):
+    with serving(seconds=0.03, max_tokens=300) as rig:
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(post(rig.url, messages=HELLO)))
+        thread.start()
+        until(lambda: rig.engine.stats().generated_tokens > 3)
+        rig.threads[0].kill()
+        thread.join(5)
+        assert events(answers[0])[-1]["finish"] == "error"
+        assert httpx.get(rig.url + "/ready").status_code == 503 and httpx.get(rig.url + "/health").status_code == 200
+        refused = post(rig.url, status=503, messages=HELLO)
+        assert int(refused.headers["retry-after"]) > 0
+        until(lambda: rig.pool.ready)
+        post(rig.url, messages=HELLO, max_tokens=2)
+        assert rig.pool.workers[0].restarts == 1 and rig.threads[0].starts == 2
 
 
 def test_closing_ends_the_replies_in_flight():
-    with serving(seconds=0.05, max_tokens=300) as (url, worker):
+    with serving(seconds=0.05, max_tokens=300) as rig:
         answers = []
 
         def ask():
             with contextlib.suppress(httpx.HTTPError):
-                answers.append(post(url, messages=HELLO))
+                answers.append(post(rig.url, messages=HELLO))
 
         thread = threading.Thread(target=ask)
         thread.start()
-        until(lambda: worker.tokens > 2)
+        until(lambda: rig.engine.stats().generated_tokens > 2)
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_signal_drains_running_replies_finish_and_new_ones_are_refused():
+    with serving(seconds=0.03, max_tokens=40, drain=10) as rig:
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(post(rig.url, messages=HELLO)))
+        thread.start()
+        until(lambda: rig.engine.stats().generated_tokens > 2)
+        rig.uvicorn.handle_exit(signal.SIGTERM, None)
+        assert int(post(rig.url, status=503, messages=HELLO).headers["retry-after"]) > 0
+        assert httpx.get(rig.url + "/ready").status_code == 503
+        thread.join(5)
+        assert events(answers[0])[-1]["tokens"] == 40
+        until(lambda: rig.uvicorn.should_exit)
+    with serving(seconds=0.05, max_tokens=300, drain=0.2) as rig:  # those that take too long are ended
+        thread = threading.Thread(target=lambda: answers.append(post(rig.url, messages=HELLO)))
+        thread.start()
+        until(lambda: rig.engine.stats().generated_tokens > 2)
+        rig.uvicorn.handle_exit(signal.SIGTERM, None)
+        thread.join(5)
+        assert events(answers[1])[-1]["finish"] == "closing"
+
+
+# -- connections ------------------------------------------------------------------------------------------------------
+
+
+def raw(url, data, half_close=False, seconds=5.0):
+    """Send bytes on a new connection; returns all that comes until the server closes it."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as client:
+        client.sendall(data)
+        if half_close:
+            client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+        return answer
+
+
+def test_those_who_dawdle_are_dropped(hello, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    begin = time.monotonic()
+    for data in (b"", b"GET / HT", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /he"):
+        with contextlib.suppress(ConnectionResetError):
+            raw(hello, data)
+    head = b"POST /render HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    slow = head + b"content-length: 50\r\n\r\n{"
+    assert raw(hello, slow).startswith(b"HTTP/1.1 408")
+    assert time.monotonic() - begin < 4
+
+
+def test_a_half_closed_socket_holds_nothing():
+    with serving(seconds=0.02, max_tokens=300) as rig:
+        body = b'{"messages": [{"role": "user", "content": "Hi"}]}'
+        head = b"POST /chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        raw(rig.url, head + b"content-length: %d\r\n\r\n" % len(body) + body, half_close=True)
+        until(lambda: rig.load == 0 and not rig.engine.busy, 2)
+
+
+def test_a_reader_that_does_not_read_is_dropped(monkeypatch):
+    monkeypatch.setattr(server, "WRITE_SECONDS", 0.3)
+    with serving("Hey!.") as rig:
+        host, port = rig.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            with contextlib.suppress(OSError):  # so many answers that they fill every buffer
+                client.settimeout(1)
+                client.sendall(b"GET /ui/chat.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 2000)
+            until(lambda: not rig.uvicorn.server_state.connections)
+
+
+def test_too_many_connections_are_refused(monkeypatch):
+    with serving("Hey!.") as rig:
+        monkeypatch.setattr(server.Connection, "limit", 3)
+        host, port = rig.url.removeprefix("http://").split(":")
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(socket.create_connection((host, int(port))))
+            until(lambda: len(rig.uvicorn.server_state.connections) == 3)
+            assert raw(rig.url, b"").startswith(b"HTTP/1.1 503")
+        until(lambda: not rig.uvicorn.server_state.connections)
+        assert httpx.get(rig.url + "/health").status_code == 200
 
 
 # -- who may enter ----------------------------------------------------------------------------------------------------
 
 
 def test_an_api_key_guards_all_but_health_and_the_page():
-    with serving("Hey!.", api_key="secret") as (url, _):
-        assert [httpx.get(url + path).status_code for path in ("/", "/health", "/logo.svg")] == [200] * 3
-        for path in ("/stats", "/v1/models"):
-            assert httpx.get(url + path).status_code == 401
-            assert httpx.get(url + path, headers={"authorization": "Bearer secret"}).status_code == 200
+    with serving("Hey!.", api_key="secret") as rig:
+        free = ("/", "/health", "/ready", "/logo.svg", "/ui/chat.js")
+        assert [httpx.get(rig.url + path).status_code for path in free] == [200] * 5
+        for path in ("/stats", "/v1/models", "/metrics", "/openapi.json"):
+            assert httpx.get(rig.url + path).status_code == 401
+            assert httpx.get(rig.url + path, headers={"authorization": "Bearer secret"}).status_code == 200
         for key in ("Bearer wrong", "Bearer", "secret2"):
-            assert "key" in post(url, status=401, headers={"authorization": key}, messages=HELLO).json()["detail"]
-        post(url, headers={"authorization": "Bearer secret"}, messages=HELLO)
+            assert "key" in post(rig.url, status=401, headers={"authorization": key}, messages=HELLO).json()["detail"]
+        for path in ("/v1/chat/completions", "/v1/completions", "/render", "/v1/models/x"):
+            assert httpx.post(rig.url + path, json={}).status_code == 401
+        post(rig.url, headers={"authorization": "Bearer secret"}, messages=HELLO)
 
 
 def test_other_sites_cannot_use_it_pitfall_32(hello):
@@ -353,66 +471,10 @@ def test_no_conversation_is_logged_pitfall_32(hello, caplog, capfd):
     assert "diary" not in post(hello, status=422, messages="my secret diary").text
 
 
-# -- the page in a browser --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def browser():
-    """A headless Chromium of this machine."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if path is None:
-        pytest.skip("there is no Chromium on this machine")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.mark.slow
-def test_the_page_talks_stops_regenerates_edits_and_remembers_pitfall_33(browser):
-    with serving("a«2*3»‹6›bcdefgh\nijklm<nop>qrstuvwxyz.", seconds=0.02, max_tokens=200) as (url, worker):
-        page, faults = browser.new_page(), []
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-
-        def say(text):
-            page.fill("#words", text)
-            page.keyboard.press("Enter")
-
-        def settled(articles):
-            until(lambda: page.inner_text("#send") == "Send" and page.locator("article").count() == articles, 20)
-
-        page.goto(url)
-        say("<img src=x onerror=alert(1)> /clear")  # neither markup nor a command: text
-        settled(2)
-        assert page.inner_text("article.user .text") == "<img src=x onerror=alert(1)> /clear"
-        assert page.inner_text("article.assistant .text") == "a2*3 = 6bcdefgh\nijklm<nop>qrstuvwxyz"
-        assert page.locator("img").count() == 1  # the logo
-        say("second")
-        until(lambda: page.locator("article").count() == 4 and page.inner_text("article:last-of-type .text"))
-        page.keyboard.press("Escape")
-        settled(4)
-        until(lambda: worker.load == 0, 1)
-        assert "stopped" in page.inner_text("article:last-of-type")
-        page.locator("article.assistant >> text=Regenerate").last.click()
-        settled(4)
-        assert page.locator("article.assistant .text").last.inner_text().endswith("xyz")
-        page.reload()
-        assert page.locator("article").count() == 4 and page.locator("#chats li").count() == 1
-        page.locator("article.user >> text=Edit").last.click()
-        assert page.input_value("#words") == "second" and page.locator("article").count() == 2
-        worker.engine.model.fail = True
-        page.keyboard.press("Enter")
-        page.wait_for_selector("text=The model failed.")
-        worker.engine.model.fail = False
-        page.click("text=Try again")
-        settled(4)
-        page.click("#fresh")
-        assert page.locator("article").count() == 0 and page.locator("#chats li").count() == 1
-        page.locator("#chats li button").last.click()
-        assert page.locator("#chats li").count() == 0
-        assert faults == []
+def test_conversations_are_logged_when_asked(caplog):
+    with caplog.at_level("INFO", logger="nanochat.serve"), serving("Hey!.", log_text=True) as rig:
+        post(rig.url, messages=[{"role": "user", "content": "my open letter"}])
+    assert "my open letter" in caplog.text and "Hey!" in caplog.text
 
 
 # -- the script -------------------------------------------------------------------------------------------------------
@@ -420,13 +482,21 @@ def test_the_page_talks_stops_regenerates_edits_and_remembers_pitfall_33(browser
 
 def test_the_script_serves_a_checkpoint_on_loopback(base_dir, monkeypatch, capsys):
     save_checkpoint("sft", "d3")
+    save_checkpoint("rl", "d3")
     seen = {}
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: seen.update(options, app=app))
-    chat_web.main(chat_web.Config(port=8123))
-    assert seen["host"] == "127.0.0.1" and seen["port"] == 8123 and seen["access_log"] is False
-    assert "nanochat-sft-d3 at http://localhost:8123" in capsys.readouterr().out
+    monkeypatch.setattr(
+        server, "run", lambda app, pool, host, port, drain: seen.update(pool=pool, host=host, port=port)
+    )
+    chat_web.main(chat_web.Config(port=8123, source="sft,rl", num_gpus=2))
+    assert seen["host"] == "127.0.0.1" and seen["port"] == 8123
+    assert seen["pool"].models == ["nanochat-sft-d3", "nanochat-rl-d3"]
+    assert [worker.order["threads"] for worker in seen["pool"].workers] == [1, 1, 1, 1]
+    assert "nanochat-sft-d3, nanochat-rl-d3 at http://localhost:8123" in capsys.readouterr().out
     chat_web.main(chat_web.Config(host="0.0.0.0"))
     assert "anyone" in capsys.readouterr().out
+    assert chat_web.Config(host="0.0.0.0").settings().at_once > 0 == chat_web.Config().settings().at_once
+    monkeypatch.setenv("NANOCHAT_API_KEY", "from outside")
+    assert chat_web.Config().settings().api_key == "from outside"
 
 
 def test_the_published_flags_parse():
@@ -440,16 +510,55 @@ def test_the_published_flags_parse():
 
 @pytest.mark.parametrize(
     "flags,words",
-    [({"source": "mid"}, "mid"), ({"num_gpus": 3}, "3"), ({"num_gpus": 0}, "num-gpus"), ({"port": 0}, "port")]
+    [({"source": "mid"}, "mid"), ({"num_gpus": 0}, "num-gpus"), ({"port": 0}, "port"), ({"dtype": "int3"}, "int3")]
     + [
-        ({"dtype": "int3"}, "int3"),
         ({"temperature": -1.0}, "temperature"),
         ({"slots": 0}, "slots"),
         ({"step": 2}, "2"),
-    ],
+        ({"deadline": 0.0}, "deadline"),
+    ]
+    + [({"source": "sft,sft"}, "twice"), ({"device_type": "tpu"}, "tpu")],
     ids=str,
 )
 def test_mistakes_are_sentences(base_dir, flags, words):
     save_checkpoint("sft", "d3")
     with pytest.raises(UserError, match=words):
         chat_web.main(chat_web.Config(**{"device_type": "cpu", **flags}))
+
+
+@pytest.mark.slow
+def test_two_real_processes_answer_and_end_with_the_server(base_dir):
+    save_checkpoint("sft", "d3", sequence_len=256)
+    import psutil
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "scripts.chat_web", "-n", "2", "-p", str(port), "-m", "60", "--device-type", "cpu"]
+    front = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = f"http://localhost:{port}"
+
+    def get(path):
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(url + path)
+
+    try:
+        until(lambda: get("/health"), 60)
+        loading = get("/ready").status_code
+        until(lambda: get("/stats").json()["available_workers"] == 2, 60)
+        assert loading in (200, 503) and get("/ready").status_code == 200
+        answers = [post(url, messages=HELLO, max_tokens=5) for _ in range(2)]
+        assert all(events(answer)[-1]["done"] for answer in answers)
+        engines = [p for p in psutil.Process(front.pid).children() if "nanochat.serve.worker" in p.cmdline()]
+        assert len(engines) == 2
+        front.send_signal(signal.SIGTERM)
+        assert front.wait(20) == 0
+        until(lambda: not any(p.is_running() for p in engines), 10)
+        out, err = front.communicate()
+        assert "nanochat-sft-d3" in out and "Traceback" not in err
+    finally:
+        front.kill()
+        front.wait()
+        front.stdout.close()
+        front.stderr.close()

@@ -1,6 +1,7 @@
 """What clients may ask: the request bodies, every number bounded, and their way to messages and a Sampling.
 
 A body of wrong types is refused by pydantic (422, or 400 in OpenAI's form under /v1), a wrong value by `check` (400).
+The bounds stand in the OpenAPI schema too.
 """
 
 from __future__ import annotations
@@ -11,98 +12,146 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from nanochat import chat
 from nanochat.errors import UserError, refuse
-from nanochat.sampling import Sampling
+from nanochat.sampling import MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS, Sampling
 
 MAX_BODY = 1 << 20  # bytes
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8000  # of what a user writes; a reply may be longer, and comes back in the next request
-MAX_CHARS = 32000  # of all messages together
+MAX_CHARS = 32000  # of all messages, or prompts, together
 MAX_PARTS = 100  # of one message
 MAX_TOKENS = 4096
-MAX_N = 8
+MAX_N = 8  # replies to one prompt
+MAX_PROMPTS = 16  # of one request for completions
 MAX_TEMPERATURE, MAX_TOP_K = 2.0, 200
-PART_KINDS = ("text", "python", "python_output")
+MAX_SEED = 2**63 - 1
+COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+
+
+def told(kind: Any, low: float, high: float) -> Any:
+    """A type whose bounds the schema tells and `check` enforces, so that a wrong value is a sentence and a 400."""
+    return Annotated[kind, Field(json_schema_extra={"minimum": low, "maximum": high})]
+
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Share = told(Number, 0, 1)
+Temperature = told(Number, 0, MAX_TEMPERATURE)
+Length = told(StrictInt, 1, MAX_TOKENS)
+Seed = told(StrictInt, 0, MAX_SEED)
 
 
-class Part(BaseModel):
-    """A piece of a message: text, or a calculator call and its answer. `ids` as the server gave them, if kept."""
+class Body(BaseModel):
+    """What all bodies share: an unknown field is ignored."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+class Part(Body):
+    """A piece of a message: text, or a calculator call and its answer. `ids` as the server gave them, if kept."""
+
     type: Literal["text", "python", "python_output"]
     text: StrictStr
     ids: list[StrictInt] | None = None
 
 
-class Message(BaseModel):
-    """One message of a conversation."""
+class Message(Body):
+    """One message of a conversation. `parts`: a reply as this server gave it, used if it says what `content` says."""
 
-    model_config = ConfigDict(extra="ignore")
     role: StrictStr
     content: StrictStr | list[Part]
+    parts: list[Part] | None = None
 
     def size(self) -> int:
         """Its characters."""
-        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+        return max(len(self.words()), sum(len(part.text) for part in self.pieces()))
+
+    def pieces(self) -> list[Part]:
+        """Its parts; none if it is a string."""
+        if isinstance(self.content, list):
+            return self.content
+        same = self.parts and "".join(part.text for part in self.parts if part.type == "text") == self.content
+        return self.parts if same and self.role == "assistant" else []
+
+    def words(self) -> str:
+        """Its content, if that is a string."""
+        return self.content if isinstance(self.content, str) else ""
 
     def plain(self) -> dict[str, Any]:
         """The message as nanochat.chat has it."""
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": [part.model_dump(exclude_none=True) for part in self.content]}
+        role = "system" if self.role == "developer" else self.role
+        parts = self.pieces()
+        return {"role": role, "content": [p.model_dump(exclude_none=True) for p in parts] if parts else self.content}
 
 
-class Ask(BaseModel):
-    """The body of POST /chat/completions, the published form."""
+def conversation(messages: list[Message]) -> list[dict[str, Any]]:
+    """The messages, ready for nanochat.chat. UserError: out of bounds, or no conversation that the user ended."""
+    refuse(_message_problems(messages))
+    plain = [message.plain() for message in messages]
+    chat.check({"messages": plain})
+    if plain[-1]["role"] != "user":
+        raise UserError("The last message must be the user's.")
+    return plain
 
-    model_config = ConfigDict(extra="ignore")
-    messages: list[Message]
-    temperature: Number | None = None
-    max_tokens: StrictInt | None = None
-    top_k: StrictInt | None = None
-    top_p: Number | None = None
-    min_p: Number | None = None
-    seed: StrictInt | None = None
+
+def _message_problems(messages: list[Message]) -> list[str]:
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        return [f"a conversation must have 1 to {MAX_MESSAGES} messages."]
+    wrong = []
+    for i, message in enumerate(messages, 1):
+        if not message.size():
+            wrong.append(f"message {i} is empty.")
+        if message.role != "assistant" and message.size() > MAX_MESSAGE_CHARS:
+            wrong.append(f"message {i} is longer than {MAX_MESSAGE_CHARS} characters.")
+        if len(message.pieces()) > MAX_PARTS:
+            wrong.append(f"message {i} has more than {MAX_PARTS} parts.")
+    if sum(message.size() for message in messages) > MAX_CHARS:
+        wrong.append(f"the messages together are longer than {MAX_CHARS} characters.")
+    return wrong[:10]
+
+
+class Draw(Body):
+    """How a reply is drawn: what every kind of request may say."""
+
+    model: StrictStr | None = None
+    temperature: Temperature | None = None
+    max_tokens: Length | None = None
+    top_k: told(StrictInt, 0, MAX_TOP_K) | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    seed: Seed | None = None
+    stop: StrictStr | list[StrictStr] | None = None
 
     def problems(self) -> list[str]:
         """Everything that is out of bounds, a sentence each."""
-        rules = (
+        rules = [
             ("temperature", self.temperature, 0, MAX_TEMPERATURE),
             ("top_k", self.top_k, 0, MAX_TOP_K),
-            ("max_tokens", self.max_tokens, 1, MAX_TOKENS),
-        )
-        wrong = [
-            f"{name} must be {low} to {high}." for name, x, low, high in rules if x is not None and not low <= x <= high
+            ("min_p", self.min_p, 0, 1),
+            ("seed", self.seed, 0, MAX_SEED),
+            *self.bounds(),
         ]
-        return wrong + self._message_problems()
+        wrong = [f"{name} must be {low} to {high}." for name, x, low, high in rules if not _within(x, low, high)]
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            wrong.append("top_p must be above 0 and at most 1.")
+        stops = self.stops()
+        if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+            wrong.append(f"stop must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters.")
+        return wrong
 
-    def _message_problems(self) -> list[str]:
-        if not 1 <= len(self.messages) <= MAX_MESSAGES:
-            return [f"a conversation must have 1 to {MAX_MESSAGES} messages."]
-        wrong = []
-        for i, message in enumerate(self.messages, 1):
-            if not message.size():
-                wrong.append(f"message {i} is empty.")
-            if message.role != "assistant" and message.size() > MAX_MESSAGE_CHARS:
-                wrong.append(f"message {i} is longer than {MAX_MESSAGE_CHARS} characters.")
-            if not isinstance(message.content, str) and len(message.content) > MAX_PARTS:
-                wrong.append(f"message {i} has more than {MAX_PARTS} parts.")
-        if sum(message.size() for message in self.messages) > MAX_CHARS:
-            wrong.append(f"the messages together are longer than {MAX_CHARS} characters.")
-        return wrong[:10]
+    def bounds(self) -> list[tuple[str, float | None, float, float]]:
+        """Further (name, value, least, most)."""
+        return [("max_tokens", self.max_tokens, 1, MAX_TOKENS)]
 
-    def check(self) -> list[dict[str, Any]]:
-        """The messages, ready for nanochat.chat. UserError: out of bounds, or no conversation that the user ended."""
+    def limit(self) -> int | None:
+        """The longest reply asked for, tokens."""
+        return self.max_tokens
+
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end a reply."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self, default: Sampling, **more: Any) -> Sampling:
+        """Its parameters; what it leaves out is the server's. UserError: out of bounds."""
         refuse(self.problems())
-        messages = [message.plain() for message in self.messages]
-        chat.check({"messages": messages})
-        if messages[-1]["role"] != "user":
-            raise UserError("The last message must be the user's.")
-        return messages
-
-    def sampling(self, default: Sampling) -> Sampling:
-        """Its parameters; what it leaves out is the server's."""
         return Sampling(
             temperature=default.temperature if self.temperature is None else self.temperature,
             top_k=default.top_k if self.top_k is None else self.top_k,
@@ -111,51 +160,150 @@ class Ask(BaseModel):
             seed=self.seed,
             max_tokens=self.limit() or default.max_tokens,
             stop=self.stops(),
+            **more,
         )
 
-    def limit(self) -> int | None:
-        """The longest reply asked for, tokens."""
-        return self.max_tokens
 
-    def stops(self) -> tuple[str, ...]:
-        """The strings that end a reply."""
-        return ()
+def _within(x: float | None, low: float, high: float) -> bool:
+    return x is None or low <= x <= high
 
 
-class StreamOptions(BaseModel):
+class Ask(Draw):
+    """The body of POST /chat/completions, the published form, with what our page asks besides."""
+
+    messages: list[Message]
+    logprobs: told(StrictInt, 0, MAX_TOP_LOGPROBS) = 0  # so many alternatives come with every token
+    html: StrictBool = False  # the reply also as safe HTML, block by block
+
+    def bounds(self):
+        """The published ones and ours."""
+        return [*super().bounds(), ("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)]
+
+
+class RenderAsk(Body):
+    """The body of POST /render: messages to show as safe HTML."""
+
+    messages: list[list[Part]]
+
+    def check(self) -> list[list[dict]]:
+        """Their parts as dicts. UserError: too much at once."""
+        size = sum(len(part.text) for parts in self.messages for part in parts)
+        if len(self.messages) > MAX_MESSAGES or size > MAX_CHARS or any(len(p) > MAX_PARTS for p in self.messages):
+            raise UserError(f"At most {MAX_MESSAGES} messages and {MAX_CHARS} characters can be shown at once.")
+        return [[{"type": part.type, "text": whole(part.text)} for part in parts] for parts in self.messages]
+
+
+def whole(text: str) -> str:
+    """Text that can be sent: JSON may hold half a character (a lone surrogate), UTF-8 can't."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# -- OpenAI's forms ---------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(Body):
     """OpenAI's `stream_options`."""
 
-    model_config = ConfigDict(extra="ignore")
     include_usage: StrictBool = False
 
 
-class OpenAIAsk(Ask):
-    """The body of POST /v1/chat/completions: OpenAI's, with our top_k and min_p. What we cannot do is refused."""
+class OpenAIDraw(Draw):
+    """What OpenAI's two forms share. What would change the answer and we cannot do is refused, not ignored."""
 
-    model: StrictStr | None = None
-    n: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    n: told(StrictInt, 1, MAX_N) | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    max_completion_tokens: StrictInt | None = None
-    logprobs: StrictBool | None = None
-    tools: list[Any] | None = None
+    frequency_penalty: told(Number, 0, 0) | None = None
+    presence_penalty: told(Number, 0, 0) | None = None
+    logit_bias: dict[str, Any] | None = None
 
     def problems(self) -> list[str]:
-        """As for Ask, and what is OpenAI's alone."""
-        wrong = super().problems()
-        if self.n is not None and not 1 <= self.n <= MAX_N:
-            wrong.append(f"n must be 1 to {MAX_N}.")
-        if self.max_completion_tokens is not None and not 1 <= self.max_completion_tokens <= MAX_TOKENS:
-            wrong.append(f"max_completion_tokens must be 1 to {MAX_TOKENS}.")
-        if self.logprobs or self.tools:
-            wrong.append("logprobs and tools are not offered by this server.")
-        return wrong
+        """As for all, and what is OpenAI's."""
+        asked = {"logit_bias": self.logit_bias, **self.refused()}
+        asked |= {"frequency_penalty": self.frequency_penalty, "presence_penalty": self.presence_penalty}
+        return super().problems() + [f"{name} is not offered by this server." for name, x in asked.items() if x]
+
+    def bounds(self):
+        """With n."""
+        return [*super().bounds(), ("n", self.n, 1, MAX_N)]
+
+    def refused(self) -> dict[str, Any]:
+        """Further things that may only be absent or empty."""
+        return {}
+
+    @property
+    def usage(self) -> bool:
+        """Whether a stream ends with its count of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatAsk(OpenAIDraw):
+    """The body of POST /v1/chat/completions: OpenAI's, with our top_k and min_p."""
+
+    messages: list[Message]
+    max_completion_tokens: Length | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: told(StrictInt, 0, MAX_TOP_LOGPROBS) | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    def problems(self) -> list[str]:
+        """As for all, and that alternatives come with logprobs only."""
+        extra = ["top_logprobs needs logprobs to be true."] if self.top_logprobs and not self.logprobs else []
+        return super().problems() + extra
+
+    def bounds(self):
+        """With the newer name of max_tokens."""
+        longest = ("max_completion_tokens", self.max_completion_tokens, 1, MAX_TOKENS)
+        return [*super().bounds(), longest, ("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)]
+
+    def refused(self) -> dict[str, Any]:
+        """Tools of the client's and forms of the answer."""
+        form = (self.response_format or {}).get("type", "text")
+        return {"tools": self.tools, "functions": self.functions, "response_format": form != "text"}
 
     def limit(self) -> int | None:
         """The newer name wins."""
         return self.max_completion_tokens or self.max_tokens
 
-    def stops(self) -> tuple[str, ...]:
-        """One string or several."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+class CompletionAsk(OpenAIDraw):
+    """The body of POST /v1/completions: text, or token ids, to be continued."""
+
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    max_tokens: told(StrictInt, 0, MAX_TOKENS) | None = None
+    echo: StrictBool | None = None
+    logprobs: told(StrictInt, 0, MAX_TOP_LOGPROBS) | None = None
+    best_of: StrictInt | None = None
+    suffix: StrictStr | None = None
+
+    def problems(self) -> list[str]:
+        """As for all, and the prompts."""
+        prompts, wrong = self.prompts(), super().problems()
+        if not 1 <= len(prompts) <= MAX_PROMPTS or not all(prompts):
+            wrong.append(f"prompt must be 1 to {MAX_PROMPTS} texts or lists of token ids, none of them empty.")
+        if sum(map(len, prompts)) > MAX_CHARS:
+            wrong.append(f"the prompts together are longer than {MAX_CHARS} characters or tokens.")
+        if self.max_tokens == 0 and not self.echo:
+            wrong.append("max_tokens may be 0 only with echo.")
+        return wrong
+
+    def bounds(self):
+        """0 tokens are allowed: only the prompt is scored."""
+        length = ("max_tokens", self.max_tokens, 0, MAX_TOKENS)
+        return [length, ("n", self.n, 1, MAX_N), ("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)]
+
+    def refused(self) -> dict[str, Any]:
+        """The best of several, and filling in."""
+        return {"best_of": self.best_of not in (None, self.n or 1), "suffix": self.suffix}
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each a text or a list of ids."""
+        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+            return [self.prompt]
+        return list(self.prompt)
+
+    def limit(self) -> int:
+        """At least one token is made, even where none is shown."""
+        return max(1, COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens)

@@ -1,4 +1,4 @@
-"""What stands before the endpoints: body size, same origin, API key, and the headers of every answer. Plain ASGI.
+"""What stands before the endpoints: body size and time, same origin, API key, headers of every answer. Plain ASGI.
 
 The server keeps no cookies, so what a foreign page could abuse is a browser that can reach it: a request with an
 Origin that is not the server's own is refused, and so, on a loopback address, is a Host that is not local (DNS
@@ -7,13 +7,17 @@ rebinding).
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+from collections.abc import Callable
+from typing import Any
 
 from starlette.exceptions import HTTPException
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
-OPEN_PATHS = ("/", "/health", "/logo.svg")  # need no key
+OPEN_PATHS = ("/", "/health", "/ready", "/logo.svg")  # need no key; nor do the page's files under /ui/
+BODY_SECONDS = 20.0  # a request's body must have come by then
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -22,10 +26,13 @@ HEADERS = (
 
 
 class Guard:
-    """ASGI middleware. api_key: None lets everyone in. local: the server listens on a loopback address only."""
+    """ASGI middleware. api_key: None lets everyone in. local: the server listens on a loopback address only.
 
-    def __init__(self, app, *, api_key: str | None, max_body: int, local: bool):
-        self.app, self.api_key, self.max_body, self.local = app, api_key, max_body, local
+    count(path, status) is told of every answer.
+    """
+
+    def __init__(self, app, *, api_key: str | None, max_body: int, local: bool, count: Callable[[str, int], None]):
+        self.app, self.api_key, self.max_body, self.local, self.count = app, api_key, max_body, local, count
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -35,11 +42,13 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope["path"], headers)
         if refusal:
+            self.count(scope["path"], refusal[0])
             await answer(send, *refusal)
             return
 
         async def send_with_headers(message):
             if message["type"] == "http.response.start":
+                self.count(scope["path"], message["status"])
                 message = {**message, "headers": [*message["headers"], *HEADERS]}
             await send(message)
 
@@ -52,9 +61,11 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin.split("://")[-1] != host:
             return 403, "Requests from other sites are refused."
-        if not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", "0")) > self.max_body:
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()) or len(length) > 15 or int(length) > self.max_body:
             return 413, f"The request is larger than {self.max_body} bytes."
-        if self.api_key and path not in OPEN_PATHS and not self._knows_the_key(headers):
+        is_open = path in OPEN_PATHS or path.startswith("/ui/")
+        if self.api_key and not is_open and not self._knows_the_key(headers):
             return 401, "This server needs its API key: send Authorization: Bearer KEY."
         return None
 
@@ -63,15 +74,22 @@ class Guard:
         return hmac.compare_digest(given.encode(), self.api_key.encode())
 
     def _limited(self, receive):
-        """Count the body while it comes: a client need not tell its length, nor tell it truly."""
-        seen = 0
+        """Count and time the body while it comes: a client need not tell its length, nor tell it truly."""
+        seen, whole, end = 0, False, asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def count():
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "The request took too long to arrive.") from None
             seen += len(message.get("body", b""))
             if seen > self.max_body:
                 raise HTTPException(413, f"The request is larger than {self.max_body} bytes.")
+            whole = not message.get("more_body", False)
             return message
 
         return count
@@ -84,10 +102,16 @@ def hostname(host: str) -> str:
     return host.rsplit(":", 1)[0] if host.count(":") == 1 else host
 
 
+def problem(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error's body in both forms, the published `detail` and OpenAI's `error`."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
+    return {"detail": message, "error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 async def answer(send, status: int, message: str) -> None:
-    """Send an error in both forms, the published `detail` and OpenAI's `error`."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    body = json.dumps({"detail": message, "error": error}).encode()
+    """Send an error."""
+    body = json.dumps(problem(status, message, code="invalid_api_key" if status == 401 else None)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *HEADERS]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

@@ -1,237 +1,272 @@
-"""One engine in a thread of its own, serving requests of an event loop: continuous batching off the loop.
+"""The engine process: reads requests from one file, batches them in an engine, writes to another what clients may see.
 
-The event loop submits and cancels; the thread applies that between two steps, so a cancelled request gets no further
-token than the one being made. What a step yields goes back to the loop in one call. The number of replies in flight is
-bounded: beyond it `submit` raises Busy at once. A failing step ends the requests it was serving, not the worker.
+    python -m nanochat.serve.worker         # started by nanochat.serve.pool, which speaks the frames of wire.py with it
+
+    in    {"load": {...}} once, then {"op": "submit", "ticket", "first", "n", "ids", "sampling"}
+          and {"op": "cancel", "ticket"}
+    out   {"ready": {...}} or {"refused": sentence} once, then {"out": [item ...], "stats": {...}}
+
+An item is {"t": ticket, "r": reply, "p": [[kind, text] ...]}, with "l" (tokens and log probabilities) where asked, and
+"end" (why, how many tokens, the parts) on a reply's last. A thread reads; the loop applies what it read between two
+steps, so a cancelled reply gets no token beyond the one being made. Text that comes within FLUSH_SECONDS travels
+together, but for a reply's first and last. A failing step ends the replies it served, and MAX_FAILURES in a row the
+process. The end of the input ends it too: no engine outlives its server.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import dataclasses
 import logging
+import os
+import signal
+import sys
 import threading
+import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO
 
 from nanochat.chat import parse_reply
 from nanochat.engine import Engine, Event, Sequence
+from nanochat.errors import UserError
 from nanochat.sampling import Sampling
+from nanochat.serve import wire
 from nanochat.streaming import ReplyStream, StopFinder
+
+FLUSH_SECONDS = 0.02  # no eye sees the difference, and the front handles fewer, larger pieces
+STATS_SECONDS = 0.25
+MAX_FAILURES = 3  # steps that fail in a row, before the process gives up and the front starts another
 
 logger = logging.getLogger(__name__)
 
 
-class Busy(Exception):
-    """Too many requests are waiting; come back later."""
+class Reply:
+    """One sequence's way back to the front: what was made and not yet sent."""
 
+    def __init__(self, ticket: int, index: int, sequence: Sequence, tokenizer):
+        self.ticket, self.index, self.sequence, self.tokenizer = ticket, index, sequence, tokenizer
+        self.stream, self.stops = ReplyStream(tokenizer), StopFinder(sequence.sampling.stop)
+        self.pieces: list[list[str]] = []
+        self.tokens: list[list] = []  # [text, token's bytes, logprob, alternatives]
+        self.over: dict | None = None
+        self.urgent = True  # the first token is sent at once
 
-class Piece(NamedTuple):
-    """Some text of one reply of a request: kind is text, python or python_output."""
+    def feed(self, event: Event) -> None:
+        """Take the engine's next token."""
+        self._show(self.stream.feed(event.token))
+        if self.sequence.sampling.logprobs and not (
+            event.finished == "stop" and event.token == self.sequence.stop_token
+        ):
+            self.tokens.append(token_record(self.tokenizer, event.token, event.logprob, event.top))
+        if event.finished:
+            self._show(self.stream.end())
+            self._add("text", self.stops.end())
+            self.close(event.finished)
 
-    reply: int
-    kind: str
-    text: str
-
-
-class End(NamedTuple):
-    """A reply has ended: why (stop, length, cancelled or error), its tokens, and its parts: a message's content."""
-
-    reply: int
-    finish: str
-    tokens: int
-    parts: list[dict]
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request in flight. Iterate over it in its event loop: Pieces, and one End for each of its n replies."""
-
-    ids: list[int]
-    sampling: Sampling
-    n: int
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue = field(default_factory=asyncio.Queue)
-    sequences: list[Sequence] = field(default_factory=list)  # the worker thread's
-    cancelled: bool = False
-    open: int = 0  # replies that have not ended, as the event loop sees it
-
-    def __aiter__(self):
-        return self
-
-    async def __anext__(self) -> Piece | End:
-        if not self.open:
-            raise StopAsyncIteration
-        item = await self.queue.get()
-        self.open -= isinstance(item, End)
-        return item
-
-
-class _Reply:
-    """One sequence's way back to its ticket."""
-
-    def __init__(self, ticket: Ticket, index: int, tokenizer):
-        self.ticket, self.index, self.tokenizer = ticket, index, tokenizer
-        self.stream, self.stops = ReplyStream(tokenizer), StopFinder(ticket.sampling.stop)
-
-    def feed(self, event: Event) -> list[Piece | End]:
-        """What the event's token lets the client see."""
-        pieces = self.stream.feed(event.token)
-        if not event.finished:
-            return self._visible(pieces)
-        return self._visible(pieces + self.stream.end()) + self._rest() + [self.end(event.sequence)]
-
-    def _visible(self, pieces: list[tuple[str, str]]) -> list[Piece]:
-        shown = []
+    def _show(self, pieces: list[tuple[str, str]]) -> None:
         for kind, text in pieces:
             if kind != "text":
-                shown += self._rest()  # text held back comes before the part that follows it
-            text = self.stops.feed(text) if kind == "text" else text
-            shown += [Piece(self.index, kind, text)] if text else []
-        return shown
+                self._add("text", self.stops.end())  # text held back comes before the part that follows it
+            self._add(kind, self.stops.feed(text) if kind == "text" else text)
 
-    def _rest(self) -> list[Piece]:
-        text = self.stops.end()
-        return [Piece(self.index, "text", text)] if text else []
+    def _add(self, kind: str, text: str) -> None:
+        if text and self.pieces and self.pieces[-1][0] == kind:
+            self.pieces[-1][1] += text
+        elif text:
+            self.pieces.append([kind, text])
 
-    def end(self, sequence: Sequence, finish: str | None = None) -> End:
-        """The last word on a reply."""
+    def close(self, finish: str) -> None:
+        """The last word: why it ended, how many tokens, and the parts that the next turn will bring back."""
+        sequence = self.sequence
         parts = parse_reply(sequence.tokens, self.tokenizer)
         if self.stops.hit:
             parts = [{"type": "text", "text": sequence.completion(self.tokenizer).text}]
-        return End(self.index, finish or sequence.finished or "cancelled", len(sequence.tokens), parts)
+        self.over = {"finish": finish, "tokens": len(sequence.tokens), "cached": sequence.cached, "parts": parts}
+        if sequence.sampling.prompt_logprobs:
+            self.over["prompt"] = self._prompt_records()
+        self.urgent = True
+
+    def _prompt_records(self) -> list[list]:
+        done = self.sequence.completion(self.tokenizer)
+        laws, tops = done.prompt_logprobs or [], done.prompt_top_logprobs or [None] * len(done.prompt_logprobs or [])
+        return [token_record(self.tokenizer, *row) for row in zip(self.sequence.prompt.ids, laws, tops)]
+
+    def item(self) -> dict:
+        """What the front gets now."""
+        item = {"t": self.ticket, "r": self.index, "p": self.pieces}
+        if self.tokens:
+            item["l"] = self.tokens
+        if self.over:
+            item["end"] = self.over
+        self.pieces, self.tokens, self.urgent = [], [], False
+        return item
+
+
+def token_record(tokenizer, token: int, logprob: float | None, top) -> list:
+    """[text, its bytes, log probability or None, [[text, bytes, log probability] ...]] of a token."""
+    return [*spelled(tokenizer, token), logprob, [[*spelled(tokenizer, t), value] for t, value in top or []]]
+
+
+def spelled(tokenizer, token: int) -> tuple[str, list[int]]:
+    """A token as text (a broken character as U+FFFD) and as bytes."""
+    data = tokenizer.decode_bytes([token])
+    return data.decode("utf-8", "replace"), list(data)
 
 
 class Worker:
-    """See the module's docstring. `start` it, and `close` it at the end.
+    """Serves an engine over two blocking files until the input ends."""
 
-    waiting: how many replies may wait beyond those that run. gpu: the number that clients are told.
-    """
+    def __init__(self, engine: Engine, source: BinaryIO, sink: BinaryIO):
+        self.engine, self.source, self.sink = engine, source, sink
+        self.replies: dict[Sequence, Reply] = {}
+        self.inbox: deque[dict] = deque()
+        self.wake = threading.Condition()
+        self.closing = False
+        self.pending: dict[Reply, None] = {}  # replies with something to send, in order
+        self.flushed = self.told = 0.0
+        self.failures = 0
 
-    def __init__(self, engine: Engine, waiting: int = 64, gpu: int = 0):
-        self.engine, self.waiting, self.gpu = engine, waiting, gpu
-        self.alive = False
-        self.tokens = 0  # generated since the start
-        self.load = 0  # replies in flight
-        self._replies: dict[Sequence, _Reply] = {}
-        self._inbox: deque[tuple[str, Ticket]] = deque()
-        self._wake = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name=f"engine-{gpu}", daemon=True)
+    def run(self) -> None:
+        """Serve."""
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        while not self.closing and self.failures < MAX_FAILURES:
+            try:
+                self._take_inbox()
+                self._feed(self.engine.step())
+                self.failures = 0
+            except Exception:  # out of memory, or a fault of ours: these replies fail, others need not
+                logger.exception("a step failed; its replies end")
+                self._fail()
+            self._flush()
 
-    def start(self) -> None:
-        """Begin to serve."""
-        self.alive = True
-        self._thread.start()
+    def _read(self) -> None:
+        while not self.closing:
+            message = wire.read(self.source)
+            with self.wake:
+                self.closing = message is None
+                self.inbox.append(message or {})
+                self.wake.notify()
 
-    def close(self) -> None:
-        """End every request and the thread."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        self._thread.join()
+    def _take_inbox(self) -> None:
+        """Wait for work and take what was asked."""
+        with self.wake:
+            while not (self.inbox or self.engine.busy or self.closing):
+                self.wake.wait()
+            messages = list(self.inbox)
+            self.inbox.clear()
+        for message in messages:
+            if message.get("op") == "submit":
+                self._submit(message)
+            elif message.get("op") == "cancel":
+                self._cancel(message["ticket"])
 
-    # -- the event loop's side ----------------------------------------------------------------------------------------
-
-    def submit(self, ids: list[int], sampling: Sampling, n: int = 1) -> Ticket:
-        """Queue a request. UserError: refused by the engine. Busy: too many are waiting, or the worker is gone."""
-        self.engine.check(ids, n)
-        ticket = Ticket(ids, sampling, n, asyncio.get_running_loop(), open=n)
-        with self._wake:
-            if not self.alive or self.load + n > self.engine.slots + self.waiting:
-                raise Busy
-            self.load += n
-            self._inbox.append(("submit", ticket))
-            self._wake.notify()
-        return ticket
-
-    def cancel(self, ticket: Ticket) -> None:
-        """The client has gone: end its replies before the next step. Nothing if they have ended."""
-        with self._wake:
-            self._inbox.append(("cancel", ticket))
-            self._wake.notify()
-
-    # -- the thread's side --------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
+    def _submit(self, message: dict) -> None:
+        ticket, first, n = message["ticket"], message["first"], message["n"]
         try:
-            while not self._closing:
-                try:
-                    self._turn()
-                except Exception:  # out of memory, or a fault of ours: these requests fail, others need not
-                    logger.exception("a step of engine %d failed; its requests end", self.gpu)
-                    self._fail()
-        finally:
-            self.alive = False
-            self._fail()
+            sequences = self.engine.submit(message["ids"], Sampling(**message["sampling"]), n)
+        except UserError as error:
+            over = {"finish": "refused", "why": str(error), "tokens": 0, "cached": 0, "parts": []}
+            self._send([{"t": ticket, "r": first + i, "p": [], "end": over} for i in range(n)])
+            return
+        for i, sequence in enumerate(sequences):
+            self.replies[sequence] = Reply(ticket, first + i, sequence, self.engine.tokenizer)
 
-    def _turn(self) -> None:
-        self._apply_inbox()
-        self._answer(self.engine.step())
+    def _cancel(self, ticket: int) -> None:
+        for sequence, reply in [pair for pair in self.replies.items() if pair[1].ticket == ticket]:
+            self.engine.cancel(sequence)
+            self._end(sequence, reply, "cancelled")
 
-    def _apply_inbox(self) -> None:
-        """Wait for work, take what was asked."""
-        with self._wake:
-            while not (self._inbox or self.engine.busy or self._closing):
-                self._wake.wait()
-            commands = list(self._inbox)
-            self._inbox.clear()
-        for command, ticket in commands:
-            if command == "submit":
-                self._admit(ticket)
-            else:
-                self._drop(ticket)
+    def _end(self, sequence: Sequence, reply: Reply, finish: str) -> None:
+        reply.close(finish)
+        self.pending[reply] = None
+        del self.replies[sequence]
 
-    def _admit(self, ticket: Ticket) -> None:
-        ticket.sequences = self.engine.submit(ticket.ids, ticket.sampling, ticket.n)
-        for index, sequence in enumerate(ticket.sequences):
-            self._replies[sequence] = _Reply(ticket, index, self.engine.tokenizer)
-
-    def _drop(self, ticket: Ticket) -> None:
-        ended = []
-        for sequence in ticket.sequences:
-            if sequence in self._replies:
-                self.engine.cancel(sequence)
-                ended.append((ticket, self._forget(sequence).end(sequence)))
-        self._deliver(ended)
-
-    def _answer(self, events: list[Event]) -> None:
-        items = []
-        self.tokens += len(events)
+    def _feed(self, events: list[Event]) -> None:
         for event in events:
-            reply = self._replies[event.sequence]
-            items += [(reply.ticket, item) for item in reply.feed(event)]
+            reply = self.replies.get(event.sequence)
+            if reply is None:
+                continue
+            reply.feed(event)
+            self.pending[reply] = None
             if event.finished:
-                self._forget(event.sequence)
-        self._deliver(items)
+                del self.replies[event.sequence]
 
     def _fail(self) -> None:
-        """A step went wrong, or the worker ends: all in flight is over."""
-        ended = []
-        for sequence in list(self._replies):
-            reply = self._forget(sequence)
-            ended.append((reply.ticket, reply.end(sequence, "error")))
-        with self._wake:
-            unseen = [ticket for command, ticket in self._inbox if command == "submit"] if not self.alive else []
-        ended += [(ticket, End(i, "error", 0, [])) for ticket in unseen for i in range(ticket.n)]
-        self._deliver(ended)
-        if self.alive:
-            self.engine = self.engine.fresh()
+        """A step went wrong: all in flight is over, and the engine's state with it."""
+        self.failures += 1
+        for sequence, reply in list(self.replies.items()):
+            self._end(sequence, reply, "error")
+        self.engine = self.engine.fresh()
 
-    def _forget(self, sequence: Sequence) -> _Reply:
-        with self._wake:
-            self.load -= 1
-        return self._replies.pop(sequence)
+    def _flush(self) -> None:
+        """Send what is due."""
+        now = time.monotonic()
+        everything = now - self.flushed >= FLUSH_SECONDS or not self.engine.busy
+        due = [reply for reply in self.pending if everything or reply.urgent]
+        if everything:
+            self.flushed = now
+        for reply in due:
+            del self.pending[reply]
+        if due:
+            self._send([reply.item() for reply in due])
 
-    def _deliver(self, items: list[tuple[Ticket, Piece | End]]) -> None:
-        """Hand over what happened, in one call for each event loop."""
-        for loop in dict.fromkeys(ticket.loop for ticket, _ in items):
-            mine = [(ticket, item) for ticket, item in items if ticket.loop is loop]
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
-                loop.call_soon_threadsafe(_put, mine)
+    def _send(self, items: list[dict]) -> None:
+        message: dict = {"out": items}
+        now = time.monotonic()
+        if now - self.told >= STATS_SECONDS or not self.engine.busy:
+            self.told, message["stats"] = now, dataclasses.asdict(self.engine.stats())
+        try:
+            wire.write(self.sink, message)
+        except (BrokenPipeError, ConnectionError, ValueError):  # the front has gone
+            self.closing = True
 
 
-def _put(items: list[tuple[Ticket, Piece | End]]) -> None:
-    for ticket, item in items:
-        ticket.queue.put_nowait(item)
+def serve(engine: Engine, source: BinaryIO, sink: BinaryIO) -> None:
+    """Say what the engine can do, then serve it until the input ends."""
+    config = engine.model.config
+    facts = {"context": engine.max_len, "vocab": config.vocab_size, "slots": engine.slots, "device": str(engine.device)}
+    wire.write(sink, {"ready": {**facts, "pid": os.getpid()}})
+    Worker(engine, source, sink).run()
+
+
+def load(order: dict) -> Engine:
+    """The engine that the front ordered: {"path", "number", "device_type", "dtype", "slots", "threads"}."""
+    import torch
+
+    from nanochat import attention, checkpoint, runtime
+
+    if order["threads"]:
+        torch.set_num_threads(order["threads"])
+    rt = runtime.start(order["device_type"])
+    device = torch.device("cuda", order["number"]) if rt.device.type == "cuda" else rt.device
+    if device.type == "cuda":
+        if order["number"] >= torch.cuda.device_count():
+            have = torch.cuda.device_count()
+            raise UserError(f"--num-gpus asks for GPU {order['number']}, but there are {have}: ask for what there is.")
+        torch.cuda.set_device(device)
+    dtype = runtime.DTYPES[order["dtype"]] if order["dtype"] else rt.dtype
+    attend = attention.choose(device, dtype).attend
+    model, tokenizer, _ = checkpoint.build_model(Path(order["path"]), device=device, dtype=dtype, attend=attend)
+    model = model.to(dtype) if dtype != torch.float32 else model
+    return Engine(model, tokenizer, slots=order["slots"], frozen=True)
+
+
+def main() -> None:
+    """Load what the first frame orders and serve it over standard input and output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which ends us when it is done
+    source = os.fdopen(0, "rb", closefd=False)
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints goes to standard error, not between the frames
+    order = wire.read(source)
+    if order is None:
+        return
+    try:
+        engine = load(order["load"])
+    except UserError as error:
+        wire.write(sink, {"refused": str(error)})
+        return
+    serve(engine, source, sink)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
