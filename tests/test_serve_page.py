@@ -105,7 +105,7 @@ def test_it_talks_stops_regenerates_edits_and_remembers_pitfall_33(browser):
         user.say("fourth")
         page.wait_for_selector("text=The model failed")
         rig.engine.model.fail = False
-        page.click("text=Try again")
+        page.click(".trouble button")
         user.settled(6)
         user.faults = [fault for fault in user.faults if "500" not in fault]  # Chromium reports the refusal
         user.close()
@@ -273,7 +273,7 @@ def test_reading_back_is_not_disturbed(browser):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme,width", [("light", 1200), ("dark", 1200), ("light", 360)])
+@pytest.mark.parametrize("scheme,width", [("dark", 1200), ("light", 360)])
 def test_axe_finds_nothing_and_a_phone_shows_all(browser, scheme, width):
     Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
 
