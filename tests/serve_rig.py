@@ -89,7 +89,8 @@ def serving(
 ):
     """A server whose models say `text` (see tiny_model.Chain): yields a Rig."""
     threads = [
-        Thread(Engine(Chain(text, seconds), TOKENIZER, slots=slots, frozen=True, guesses=0)) for _ in range(workers * len(models))
+        Thread(Engine(Chain(text, seconds), TOKENIZER, slots=slots, frozen=True, guesses=0))
+        for _ in range(workers * len(models))
     ]
     fronts = [
         Worker(model, i, {}, threads[m * workers + i].start) for m, model in enumerate(models) for i in range(workers)
