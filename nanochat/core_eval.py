@@ -9,7 +9,8 @@ A task's items become prompts: few-shot examples and the item itself, separated 
     language_modeling    right if every token of the continuation is the model's first guess
 
 Rows of many examples and all their choices are scored together, like lengths beside each other, padded on the right
-with bos, which a causal model cannot see: the scores are those of one row at a time. Only scored positions get logits.
+with bos, which a causal model cannot see: the scores are those of one row at a time. Only scored positions get logits,
+and what the choices of a question share, the few-shot examples above all, is read once for all of them (prefix.py).
 
 Item i's few-shot examples are Random(1234 + i).sample of the other items, as published; but always of all of them, so
 `max_per_task` changes which items are asked and never their prompts (pitfall 34; the published code samples from the
@@ -34,6 +35,7 @@ import torch
 
 from nanochat import paths
 from nanochat.errors import UserError
+from nanochat.prefix import Endings, Prefixes
 from nanochat.runtime import Runtime
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -46,6 +48,7 @@ KINDS = {
 ORDER_SEED, SHOTS_SEED = 1337, 1234
 EXAMPLES_TOGETHER = 256  # tokenised and sorted by length at a time
 LOGITS_TOGETHER = 1 << 26  # fp32 logits of a forward: 256 MiB
+SHARED_AT_LEAST = 32  # tokens that a question's rows must share for a forward of their own to pay
 
 
 # ---- the bundle ------------------------------------------------------------------------------------------------------
@@ -242,20 +245,26 @@ def batches(rows: Sequence[Row], tokens: int, positions: int) -> Iterator[list[i
         yield batch
 
 
+def _padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> torch.Tensor:  # (B, T)
+    length = max(map(len, rows))
+    return torch.tensor([ids + [pad] * (length - len(ids)) for ids in rows]).to(device)
+
+
 @torch.no_grad()
-def score(model, rows: Sequence[Row], pad: int, device: torch.device) -> tuple[list[float], list[bool]]:
+def score(model, rows: Sequence[Row], pad: int, device: torch.device, **cache) -> tuple[list[float], list[bool]]:
     """For each row of a batch: (mean loss over the span, in nats; is every token of the span the first guess?).
 
-    A row without a span (a choice that the others begin with) has the loss NaN and is no hit.
+    A row without a span (a choice that the others begin with) has the loss NaN and is no hit. cache: what the rows
+    stand behind, for the model.
     """
     length, span = max(len(row.ids) for row in rows), max(1, max(row.span for row in rows))
-    ids = torch.tensor([row.ids + [pad] * (length - len(row.ids)) for row in rows]).to(device)  # (B, T)
+    ids = _padded([row.ids for row in rows], pad, device)
     starts = torch.tensor([row.start for row in rows]).unsqueeze(1)  # (B, 1)
     ends = torch.tensor([len(row.ids) for row in rows]).unsqueeze(1)
     places = starts + torch.arange(span)  # (B, K) positions of the scored tokens
     inside = (places < ends).to(device)
     places = places.clamp(max=length - 1).to(device)
-    logits = model(ids, last=(places - 1).clamp(min=0))  # (B, K, V) fp32
+    logits = model(ids, last=(places - 1).clamp(min=0), **cache)  # (B, K, V) fp32
     targets = ids.gather(1, places)
     losses = logits.logsumexp(-1) - logits.gather(2, targets.unsqueeze(2)).squeeze(2)
     sums = torch.where(inside, losses, 0).sum(1)
@@ -263,6 +272,19 @@ def score(model, rows: Sequence[Row], pad: int, device: torch.device) -> tuple[l
     counts = (ends - starts).squeeze(1).tolist()
     means = [total / count if count > 0 else math.nan for total, count in zip(sums.tolist(), counts)]
     return means, hits.tolist()
+
+
+@torch.no_grad()
+def score_shared(model, rows: Sequence[Row], groups: Sequence[int], pad: int, device: torch.device):
+    """`score` where rows of one group (neighbours) begin alike: the common beginning goes through the model once."""
+    members = [[row for row, g in zip(rows, groups) if g == group] for group in dict.fromkeys(groups)]
+    # the token before the scored ones stays with the ending: its logits are wanted
+    common = [min(_shared([row.ids for row in some]), *(row.start for row in some)) - 1 for some in members]
+    prefixes = Prefixes(common, model.attend)
+    model(_padded([some[0].ids[:n] for some, n in zip(members, common)], pad, device), cache=prefixes, last_only=True)
+    owners = [i for i, some in enumerate(members) for _ in some]
+    endings = [Row(row.ids[n:], row.start - n) for some, n in zip(members, common) for row in some]
+    return score(model, endings, pad, device, cache=Endings(prefixes, owners))
 
 
 def verdict(spec: Spec, item: dict, losses: list[float], hits: list[bool]) -> bool:
@@ -288,16 +310,32 @@ class Scorer:
         flat = iter(self.tokenizer.encode([text for group in texts for text in group], prepend=self.tokenizer.bos))
         groups = [rows_of(spec, [next(flat) for _ in group], self.context) for group in texts]
         rows = [row for group in groups for row in group]
+        owners = [g for g, group in enumerate(groups) for _ in group]
+        sharing = [self._shares(group) for group in groups]
         losses, hits = [0.0] * len(rows), [False] * len(rows)
-        for batch in batches(rows, self.tokens, self.positions):
-            scores = score(self.model, [rows[i] for i in batch], self.tokenizer.bos, self.runtime.device)
-            for i, loss, hit in zip(batch, *scores):
-                losses[i], hits[i] = loss, hit
+        for together, tell in ((False, self._score), (True, self._score_shared)):
+            chosen = [i for i, g in enumerate(owners) if sharing[g] == together]
+            for batch in batches([rows[i] for i in chosen], self.tokens, self.positions):
+                some = sorted(chosen[i] for i in batch)
+                for i, loss, hit in zip(some, *tell([rows[i] for i in some], [owners[i] for i in some])):
+                    losses[i], hits[i] = loss, hit
         verdicts, at = [], 0
         for i, group in zip(indices, groups):
             verdicts.append(verdict(spec, items[i], losses[at : at + len(group)], hits[at : at + len(group)]))
             at += len(group)
         return verdicts
+
+    def _shares(self, group: list[Row]) -> bool:
+        """Is it worth while, and is the model one that takes a cache?"""
+        if len(group) < 2 or not hasattr(self.model, "attend"):
+            return False
+        return min(_shared([row.ids for row in group]), *(row.start for row in group)) > SHARED_AT_LEAST
+
+    def _score(self, rows: list[Row], owners: list[int]):
+        return score(self.model, rows, self.tokenizer.bos, self.runtime.device)
+
+    def _score_shared(self, rows: list[Row], owners: list[int]):
+        return score_shared(self.model, rows, owners, self.tokenizer.bos, self.runtime.device)
 
     def task(self, data: Bundle, spec: Spec, max_per_task: int = -1) -> dict[str, Any]:
         """Accuracy of one task over all ranks: its first `max_per_task` items, or all."""

@@ -1,5 +1,6 @@
 """CORE: hand-computed items of each kind, prompts as published, batching that changes nothing, whole bundles."""
 
+import dataclasses
 import json
 import math
 import random
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tqdm
 
 from nanochat import core_eval
 from nanochat.core_eval import Row, Spec
@@ -135,7 +137,8 @@ def test_long_prompts_keep_their_last_tokens_and_their_span_pitfall_34():
 
 @pytest.fixture(scope="module")
 def gpt():
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
+                          window_pattern="24,L"))  # fmt: skip
     model.init_weights(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -153,6 +156,41 @@ def test_rows_scored_together_have_the_scores_of_one_at_a_time_pitfall_34(gpt):
     alone = [core_eval.score(gpt, [row], 0, RT.device) for row in rows]
     assert together == pytest.approx([losses[0] for losses, _ in alone], abs=1e-5)
     assert hits == [hit[0] for _, hit in alone]
+
+
+def questions(rng, count=5):
+    """Rows of some questions, each with its few-shot beginning of 35 to 50 tokens and two to four choices."""
+    groups = []
+    for _ in range(count):
+        begin = [rng.randrange(128) for _ in range(rng.randint(35, 50))]
+        choices = [[i] + [rng.randrange(128) for _ in range(rng.randint(0, 8))] for i in range(rng.randint(2, 4))]
+        groups.append([Row(begin + choice, len(begin)) for choice in choices])
+    return groups
+
+
+def test_what_choices_share_is_read_once_and_the_scores_stay_pitfall_34(gpt):
+    groups = questions(random.Random(3))
+    rows = [row for group in groups for row in group]
+    owners = [g for g, group in enumerate(groups) for _ in group]
+    read = []
+    hook = gpt.transformer.wte.register_forward_hook(lambda m, a, y: read.append(a[0].numel()))
+    losses, hits = core_eval.score(gpt, rows, 0, RT.device)
+    whole, read[:] = sum(read), []
+    found, found_hits = core_eval.score_shared(gpt, rows, owners, 0, RT.device)
+    hook.remove()
+    assert found == pytest.approx(losses, abs=1e-5) and found_hits == hits
+    assert sum(read) < 0.6 * whole
+
+
+def test_a_task_shares_where_it_pays_and_its_verdicts_stay_pitfall_34(gpt, monkeypatch):
+    items = [{"query": c * 8, "choices": ["one", "two", "three"], "gold": 1} for c in "abcdef"]
+    spec = Spec("mc", "multiple_choice", "mc.jsonl", 2, " ", 0.25)
+    scorer, calls = core_eval.Scorer(gpt, Letters(), RT), []
+    shared = core_eval.score_shared
+    monkeypatch.setattr(core_eval, "score_shared", lambda *a: calls.append(1) or shared(*a))
+    verdicts = scorer.right(spec, items, range(6))
+    monkeypatch.setattr(core_eval, "SHARED_AT_LEAST", 1000)
+    assert calls and scorer.right(spec, items, range(6)) == verdicts and len(calls) == 1
 
 
 def test_scores_are_those_of_the_full_logits(gpt):
@@ -233,6 +271,24 @@ def test_a_limit_asks_fewer_items_with_the_same_prompts_pitfall_34(tmp_path):
     for asked, all_asked, prompts_an_item in zip(few.texts, every.texts, (3, 2), strict=True):
         assert len(asked) == 3 * prompts_an_item and asked == all_asked[: len(asked)]
         assert all(text.count("\n\n") == 10 for text in asked)  # as many shots as ever
+
+
+def test_each_task_has_a_bar_that_ends_full_on_the_main_rank_pitfall_51(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(core_eval, "EXAMPLES_TOGETHER", 7)
+    bundle = core_eval.Bundle(write_bundle(tmp_path))
+    core_eval.evaluate(Bigrams(MODEL), Letters(), bundle, runtime=RT)
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [("choose", 20, 20), ("say", 20, 20)]
+    core_eval.Scorer(Bigrams(MODEL), Letters(), dataclasses.replace(RT, rank=1)).task(bundle, bundle.specs()[0])
+    assert bars[-1].disable
 
 
 def test_zip_and_folder_give_the_same(tmp_path):

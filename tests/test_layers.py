@@ -19,7 +19,7 @@ LAYERS = [
     {"tokenizer", "chat", "packing", "manifest", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "saving", "resume"},
     {"sampling", "logprobs", "tools", "streaming", "speculation", "sandbox", "execution"},
-    {"blocks", "kvcache", "paged", "decode", "graphs", "sequence", "scheduler", "engine"},
+    {"blocks", "kvcache", "prefix", "paged", "decode", "graphs", "sequence", "scheduler", "engine"},
     {"loss_eval", "core_eval", "chat_eval", "samples", "report", "pictures", "journal", "export"},
     {"serve"},
 ]

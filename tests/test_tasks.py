@@ -328,6 +328,13 @@ def test_a_file_is_fetched_once_and_whole_pitfall_10(tmp_path):
         paths.fetch((tmp_path / "nowhere").as_uri(), tmp_path / "other")
 
 
+def test_a_file_is_fetched_under_a_bar_that_ends_full_pitfall_51(tmp_path, monkeypatch, capsys):
+    (tmp_path / "origin").write_bytes(bytes(3 << 20))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    paths.fetch((tmp_path / "origin").as_uri(), tmp_path / "bundle.zip")
+    assert "bundle.zip: 100%" in capsys.readouterr().err
+
+
 # ---- the real data ---------------------------------------------------------------------------------------------------
 
 
