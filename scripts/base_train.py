@@ -151,8 +151,8 @@ def describe(plan: scaling.Plan, rt: runtime.Runtime, name: str, backend: attent
         ("horizon", f"{plan.iterations:,} updates of {plan.batch:,} tokens = {plan.tokens:,} ({plan.ratio:.2f} a "
                     f"scaling parameter, by {plan.horizon}), {plan.flops:.3g} FLOPs"),
         ("batch", f"{plan.accum} x {plan.device_batch_size} rows on each of {rt.world} rank(s)"),
-        ("rates", f"x {plan.lr_mult:.3f} by the batch law, {plan.warmup_steps} warm-up updates, "
-                  f"decay {plan.weight_decay:.4g}"),
+        ("rates", f"x {plan.lr_mult:.3f} by the batch law, x {plan.short_mult:.3f} as a short run, "
+                  f"{plan.warmup_steps} warm-up updates, decay {plan.weight_decay:.4g}"),
         ("attention", backend.name + passed),
         ("forward", how + describe_recompute(plan, rt, recompute)),
     ]  # fmt: skip

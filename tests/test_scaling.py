@@ -75,6 +75,18 @@ def test_small_batch_law():
     assert [scaling.warmup_law(b) for b in (2**22, edge, 8192, 1)] == [40, 40, 10, 1]
 
 
+def test_short_runs_of_small_batches_have_higher_rates():
+    """From 1,000 updates down, continuously, and only below 2^18 tokens, where it begins as continuously."""
+    law, edge = scaling.short_run_multiplier, scaling.SMALL_BATCH
+    assert law(8192, 1000) == law(8192, 5000) == law(edge, 1) == law(2**20, 10) == 1
+    assert law(8192, 300) == pytest.approx((10 / 3) ** 0.32) and law(edge // 2, 300) == pytest.approx(2**0.32)
+    assert law(8192, 999) == pytest.approx(1, abs=1e-3) and law(edge - 1, 10) == pytest.approx(1, abs=1e-3)
+    same = {"vocab_size": 8192, "sequence_len": 512, "device_batch_size": 16, "total_batch_size": 8192}
+    short, long = (scaling.plan(4, num_iterations=n, **same) for n in (100, 1000))
+    assert short.lrs["matrix"] == pytest.approx(long.lrs["matrix"] * 10**0.32)
+    assert short.lrs["smear_backout"] == long.lrs["smear_backout"] and short.lr_mult == long.lr_mult
+
+
 @pytest.mark.parametrize("batch", [2**12, 8192, 2**17, 2**18, 2**20])
 def test_decay_keeps_its_time_scale(batch):
     """lr * decay * iterations is the same for every batch at one horizon: the law's meaning."""
