@@ -22,8 +22,8 @@ SMALL_BATCH = 2**18  # below it sqrt(B/B_REF) starves the run; the laws below ar
 SMALL_LR_EXPONENT = 0.1  # lr ~ B^0.1 there: 0.5 at 8,192 tokens, 4 times the root law; the published code itself gains
 # 0.16 bpb at 8,192 from 4 times its rates (measured, depth 4, 300 steps)
 SHORT_RUN = 1000  # updates; a run of fewer, with batches under SMALL_BATCH, wants higher rates
-SHORT_LR_EXPONENT = 0.32  # best lr ~ horizon^-0.32: arXiv 2409.19913. Ours (depth 4, 128 wide, 8,192 tokens of real
-# text an update, bpb after 100): all rates x 1 2.058, matrix x 2 2.038, matrix and tables and head x 2 2.020
+SHORT_LR_EXPONENT = 0.32  # best lr ~ horizon^-0.32: arXiv 2409.19913. Ours (depth 4, 128 wide, 8,192 tokens an
+# update of real text), bpb after 100: all rates x 1 2.058, matrix x 2 2.038, matrix and tables and head x 2 2.020
 WARMUP_STEPS = 40  # published, for batches of 2^18 and more
 SMALL_WARMUP_EXPONENT = 0.4  # 10 steps at 8,192 tokens
 WIDTH_REF = 768  # AdamW rates go with width^-0.5, relative to this one: published
