@@ -44,7 +44,7 @@ const Measured: React.FC<ScalingLawsProps & { box: Box }> = ({ runs, best, law, 
       {law ? (
         <g>
           <path d={line(frontier.map((r) => r.flops), frontier.map((r) => law.a * r.flops ** law.b), sx, sy, progress(5, 2))} fill="none" stroke={AMBER} strokeWidth={5} strokeDasharray="14 10" />
-          <text x={box.x + box.width} y={box.y - 18} textAnchor="end" fontSize={26} fontWeight={600} fill={AMBER} opacity={progress(6.5, 0.6)}>
+          <text x={box.x + box.width - 24} y={box.y + 52 + depths.length * 38} textAnchor="end" fontSize={26} fontWeight={600} fill={AMBER} opacity={progress(6.5, 0.6)}>
             best at a budget: {power(law.a)} · C<tspan dy={-10} fontSize={20}>{law.b.toFixed(4)}</tspan>
           </text>
         </g>
