@@ -44,12 +44,9 @@ const Measured: React.FC<ScalingLawsProps & { box: Box }> = ({ runs, best, law, 
       {law ? (
         <g>
           <path d={line(frontier.map((r) => r.flops), frontier.map((r) => law.a * r.flops ** law.b), sx, sy, progress(5, 2))} fill="none" stroke={AMBER} strokeWidth={5} strokeDasharray="14 10" />
-          <text x={box.x + box.width - 24} y={box.y + 52 + depths.length * 38} textAnchor="end" fontSize={26} fontWeight={600} fill={AMBER} opacity={progress(6.5, 0.6)}>
-            best at a budget: {power(law.a)} · C<tspan dy={-10} fontSize={20}>{law.b.toFixed(4)}</tspan>
-          </text>
         </g>
       ) : null}
-      <Axes box={small} sx={sx} sy={residual} x={[]} y={law ? [-most / 1.3, 0, most / 1.3] : []} showX={power} showY={(v) => `${(100 * v).toFixed(1)} %`} labelY={law ? "residuals of the law" : "a law needs runs at three budgets or more"} />
+      <Axes box={small} sx={sx} sy={residual} x={[]} y={law ? [-most / 1.3, 0, most / 1.3] : []} showX={power} showY={(v) => `${(100 * v).toFixed(1)} %`} labelY={law ? `best at a budget: ${power(law.a)} · C^${law.b.toFixed(4)}; its residuals` : "a law needs runs at three budgets or more"} />
       {law ? frontier.map((run, i) => (
         <g key={run.tag} opacity={progress(7, 1)}>
           <line x1={sx(run.flops)} x2={sx(run.flops)} y1={residual(0)} y2={residual(law.residuals[i])} stroke={AMBER} strokeWidth={4} />
