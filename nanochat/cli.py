@@ -37,3 +37,10 @@ def run(main: Callable[[Any], dict], config_class: type, argv: list[str] | None 
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def command(main: Callable) -> str:
+    """The command line of this process for a measurement's file, without where the file goes (no machine's paths)."""
+    flags = [flag for flag in sys.argv[1:] if not flag.startswith("--output")]
+    name = main.__module__ if main.__module__ != "__main__" else f"scripts.{sys.argv[0].rpartition('/')[2][:-3]}"
+    return " ".join(["python -m", name, *flags])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from nanochat.gpt import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 
-LOSS_CHUNK = 1024  # rows of logits alive at a time: CHUNK of nanochat/kernels/loss.py
+LOSS_CHUNK = (1024, 256)  # rows of logits alive at a time, GPU and CPU: CHUNK, CPU_CHUNK of nanochat/kernels/loss.py
 ROLES = ("matrix", "embedding", "value_embedding", "head", "resid", "x0", "smear_backout")
 
 
@@ -70,52 +70,101 @@ def weights_bytes_read(config: GPTConfig, bytes_per_value: int = 2) -> int:
     return (parameters(config)["scaling"] + rows) * bytes_per_value
 
 
-# What autograd keeps of a block, in values a token: so many widths, key/value widths and MLP widths; and outside the
-# blocks, in widths. Measured: tests/test_cost.py counts the saved tensors of a real model.
-KEPT_WIDTH, KEPT_KV, KEPT_MLP, KEPT_OUTSIDE = 8, 4, 2, 6
+# What is kept of a block for its backward, in values a token: so many widths, key/value widths and MLP widths; and
+# outside the blocks, in widths. plain: autograd; compiled: torch.compile, which keeps fewer; by hand: kernels/cpu_block
+# (keys and values are kept a query head). Counted: tests/test_cost.py counts the tensors of a real model.
+KEPT = {"plain": (7.5, 3.5, 2, 6), "compiled": (7.5, 2.5, 2, 4), "by hand": (7, 0.5, 1, 6)}
+FASTEST = {"cuda": "compiled", "cpu": "by hand", "mps": "plain"}  # what train.fastest chooses
+STATS = 4  # bytes: norms' and attention's statistics, one a token, or a token and head, are fp32
+# glibc can't reuse the hole of an aligned temporary for another of its size, and training keeps freed pages: in plain
+# training on a CPU the holes are this share of the activations (measured: 0.71, 0.65, 0.64 for three shapes).
+HOLES = {"plain": 0.67, "by hand": 0.2}
 
 
-def activations(config: GPTConfig, rows: int, bytes_per_value: int = 2) -> int:
-    """Bytes kept for the backward of `rows` rows of the whole context, without compilation, which keeps fewer."""
-    block = KEPT_WIDTH * config.n_embd + KEPT_KV * config.kv_dim + KEPT_MLP * 4 * config.n_embd
-    return rows * config.sequence_len * (config.n_layer * block + KEPT_OUTSIDE * config.n_embd) * bytes_per_value
+def activations(config: GPTConfig, rows: int, bytes_per_value: int = 2, forward: str = "plain") -> int:
+    """Bytes kept for the backward of `rows` rows of the whole context; forward: a key of KEPT."""
+    width, kv, mlp, outside = KEPT[forward]
+    block = width * config.n_embd + kv * config.kv_dim + mlp * 4 * config.n_embd
+    stats = STATS * (2 + 2 * config.n_head + config.n_kv_head)
+    token = bytes_per_value * (config.n_layer * block + outside * config.n_embd) + config.n_layer * stats
+    return rows * int(config.sequence_len * token)
 
 
-def recomputation(config: GPTConfig, rows: int, bytes_per_value: int = 2) -> dict[str, int]:
+def recomputation(config: GPTConfig, rows: int, bytes_per_value: int = 2, forward: str = "plain") -> dict[str, int]:
     """What running each block again in the backward pass costs and saves.
 
     "flops": extra FLOPs a token, the blocks' forward. "saved": bytes that are not kept, all but each block's input and
     the inside of the one block at work.
     """
-    forward = 2 * parameters(config)["matrix"] + 4 * config.n_embd * _attended(config)
-    block = KEPT_WIDTH * config.n_embd + KEPT_KV * config.kv_dim + KEPT_MLP * 4 * config.n_embd
+    again = 2 * parameters(config)["matrix"] + 4 * config.n_embd * _attended(config)
+    width, kv, mlp, _ = KEPT[forward]
+    block = width * config.n_embd + kv * config.kv_dim + mlp * 4 * config.n_embd
     kept = config.n_layer * (block - config.n_embd) - block
-    return {"flops": forward, "saved": max(rows * config.sequence_len * kept * bytes_per_value, 0)}
+    return {"flops": again, "saved": max(int(rows * config.sequence_len * kept * bytes_per_value), 0)}
 
 
-def memory(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: int = 2) -> dict[str, int]:
-    """Bytes a device needs at the peak of a training step, by part, for `rows` rows of the whole context. An estimate.
+def largest_bank(config: GPTConfig) -> int:
+    """Elements of the largest stack of block matrices of one shape, which Muon moves at once."""
+    width, layers = config.n_embd, config.n_layer
+    square = layers * width * width * (4 if config.n_kv_head == config.n_head else 2)
+    return max(square, 4 * layers * width * width)
 
-    weights and gradients in fp32; casts: the matrices and the head once more in the activations' dtype; optimizer: two
-    fp32 moments for AdamW, one and a half for Muon (a momentum, and work space), shared by `world` ranks; logits: one
-    chunk of the loss, three times in fp32 and once in the activations' dtype.
+
+# Bytes an element of that stack for which the update needs room: direction, mask (1), mask as numbers and decayed
+# direction; or, square and in fp32, two iterates and two Gram matrices of the polar step.
+UPDATE_ROOM = {2: 13, 4: 16}
+
+
+def memory(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: int = 2, accum: int = 1,
+           device: str = "cuda", forward: str = "",
+           shard: str = "optimizer", recompute: bool = False) -> dict[str, int]:  # fmt: skip
+    """Bytes a device needs at the peak of a training step, by part, for `rows` rows of the whole context.
+
+    The peak is one of two moments, the larger one's parts are given: the backward pass beginning (all activations are
+    there, the head's gradient is being made), or the update (all gradients are there, and the optimizer needs room).
+    weights, gradients: fp32; matrices' gradients stay allocated, others come in the backward pass (with accum > 1 they
+    are there in the next micro-batch). optimizer: two fp32 moments for AdamW, one for Muon, shared by `world` ranks.
+    casts: the matrices once more in the activations' dtype. logits: what the loss needs beside the hidden states.
+    holes: what the CPU's allocator can't reuse. room: what the moment itself needs beside all these.
+    device: cuda, cpu or mps; forward: a key of KEPT, by default what training chooses there. shard, recompute: as
+    base_train's flags; with "full" weights and gradients are shared too, and the largest tensor is gathered.
     """
     count, tokens = parameters(config), rows * config.sequence_len
     adam, muon = count["total"] - count["matrix"], count["matrix"]
-    part = {
-        "weights": 4 * count["total"],
-        "gradients": 4 * count["total"],
-        "casts": bytes_per_value * count["scaling"] if bytes_per_value < 4 else 0,
-        "optimizer": (8 * adam + 6 * muon) // world,
-        "activations": activations(config, rows, bytes_per_value),
-        "logits": min(LOSS_CHUNK, tokens) * config.padded_vocab * (3 * 4 + bytes_per_value),
+    full = shard == "full" and world > 1
+    share, gathered = (world, 8 * config.padded_vocab * config.n_embd) if full else (1, 0)
+    lasting = {"weights": 4 * count["total"] // share + gathered, "optimizer": (8 * adam + 4 * muon) // world}
+    gradients = 4 * (muon + adam * (accum > 1 or world > 1)) // share
+    forward = forward or FASTEST[device]
+    kept = activations(config, rows, bytes_per_value, forward)
+    kept -= recomputation(config, rows, bytes_per_value, forward)["saved"] * recompute
+    joined = 4 * config.n_layer * config.n_embd * (config.n_embd + 2 * config.kv_dim)  # by hand: q, k and v in one
+    backward = lasting | {
+        "gradients": gradients,
+        "casts": bytes_per_value * muon if bytes_per_value < 4 else joined * (forward == "by hand"),
+        "activations": kept,
+        "logits": loss_room(config, tokens, bytes_per_value, device),
+        "holes": int(HOLES.get(forward, 0) * kept) if device == "cpu" else 0,
+        "room": tokens * 8 * config.n_embd * bytes_per_value,  # the gradients of one block's widest tensors
     }
+    update = lasting | {"gradients": 4 * count["total"] // share, "casts": 0, "activations": 0, "logits": 0, "holes": 0,
+                        "room": UPDATE_ROOM[bytes_per_value] * largest_bank(config) // world}  # fmt: skip
+    part = max(backward, update, key=lambda parts: sum(parts.values()))
     return part | {"total": sum(part.values())}
 
 
-def largest_rows(config: GPTConfig, bytes_free: int, *, world: int = 1, bytes_per_value: int = 2) -> int:
-    """The largest power of two of rows whose estimated peak fits in `bytes_free`, or 0 when not even one row does."""
+def loss_room(config: GPTConfig, tokens: int, bytes_per_value: int, device: str) -> int:
+    """Bytes the loss holds at its peak: a chunk of logits, or afterwards the head's gradient and its scaled copy."""
+    head, hidden = config.padded_vocab * config.n_embd, tokens * config.n_embd * bytes_per_value
+    wide = 8 if bytes_per_value == 4 else 12  # a chunk's logits and their gradient: fp32 twice, and 16 bits twice
+    chunk = min(LOSS_CHUNK[device == "cpu"], tokens) * config.padded_vocab * wide
+    cast = (bytes_per_value < 4) * bytes_per_value * head
+    return max(4 * head + 2 * cast + chunk + hidden, 8 * head + 2 * hidden)
+
+
+def largest_rows(config: GPTConfig, bytes_free: int, **options) -> int:
+    """The largest power of two of rows whose peak fits in `bytes_free`, or 0 when not even one row does."""
     rows = 0
-    while memory(config, max(1, 2 * rows), world=world, bytes_per_value=bytes_per_value)["total"] <= bytes_free:
+    while memory(config, max(1, 2 * rows), **options)["total"] <= bytes_free:
         rows = max(1, 2 * rows)
     return rows

@@ -54,6 +54,28 @@ def peak_bandwidth(name: str) -> float | None:
     return None if row is None else row[2]
 
 
+# (part of the name in lower case, GiB of one device), from the same data sheets; the smaller one where there are two
+MEMORIES = [("gb200", 186), ("b200", 180), ("b100", 180), ("h200", 141), ("h100 nvl", 94), ("h100", 80), ("h800", 80),
+            ("a100", 40), ("a800", 80), ("a40", 48), ("a30", 24), ("l40s", 48), ("l4", 24), ("mi355", 288),
+            ("mi325", 256), ("mi300a", 128), ("mi300", 192), ("mi250", 128), ("5090", 32),
+            ("4090", 24), ("3090", 24)]  # fmt: skip
+
+
+def memory_of(name: str) -> int | None:
+    """Bytes of memory of a device by its name (nominal: the driver keeps a little); None when the table lacks it."""
+    return next((gib * 2**30 for part, gib in MEMORIES if part in name.lower()), None)
+
+
+USABLE = 0.85  # share of a device's memory that a plan may fill: fragments, libraries and others use some
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of the device here: its own on CUDA, else the machine's; None where it can't be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory_bytes() or None
+
+
 def device_name(device: torch.device) -> str:
     """The device's marketing name, e.g. "NVIDIA H100 80GB HBM3"; the processor's name for CPU and MPS."""
     if device.type == "cuda":

@@ -11,7 +11,7 @@ rates and decay follow the horizon that is really used, never one that was overr
 import dataclasses
 import math
 
-from nanochat import cost, schedule
+from nanochat import cost, hardware, schedule
 from nanochat.errors import UserError, refuse
 from nanochat.gpt import GPTConfig
 
@@ -126,6 +126,37 @@ def learning_rates(config: GPTConfig, lr_mult: float = 1.0, *, embedding_lr: flo
         "x0": scalar_lr * lr_mult,
         "smear_backout": SMEAR_BACKOUT_LR,
     }
+
+
+MOST_ROWS = 64  # of a micro-batch: more gain nothing, and a batch must be divided
+
+
+def fitting_rows(config: GPTConfig, bytes_free: float | None, **options) -> int:
+    """Rows of a micro-batch for --device-batch-size=auto: the most that fit (0: none), 32 where memory is unknown.
+
+    options: those of cost.memory.
+    """
+    if bytes_free is None:
+        return 32
+    return min(cost.largest_rows(config, int(bytes_free), **options), MOST_ROWS)
+
+
+def auto_rows(config: GPTConfig, runtime) -> int:
+    """Rows of a micro-batch that fit this run's devices (runtime: nanochat.runtime.Runtime); none is a UserError.
+
+    On a CPU the ranks share the machine's memory. The same on every rank: the smallest of their answers.
+    """
+    total = hardware.total_memory(runtime.device)
+    shared = runtime.world if runtime.device.type == "cpu" else 1
+    rows = fitting_rows(config, total and total * hardware.USABLE / shared, world=runtime.world,
+                        bytes_per_value=runtime.dtype.itemsize, device=runtime.device.type)  # fmt: skip
+    rows = -runtime.max(-rows)
+    if rows == 0:
+        raise UserError(
+            "Not even one row of this model fits the device's memory by the estimate: choose a smaller --depth or "
+            "--max-seq-len, or try --device-batch-size=1."
+        )
+    return rows
 
 
 def divide(batch: int, rows: int, sequence_len: int, world: int) -> tuple[int, int]:

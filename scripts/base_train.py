@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from typing import Literal
 
 import torch
 
@@ -72,7 +73,7 @@ class Config:
     target_flops: float = -1.0  # FLOPs of the whole run
     target_param_data_ratio: float = 10.5  # tokens per scaling parameter (Chinchilla: 20)
     # optimisation
-    device_batch_size: int = 32  # rows of a micro-batch; lower it when memory runs out
+    device_batch_size: int | Literal["auto"] = 32  # rows of a micro-batch; auto: the most that fit the memory
     total_batch_size: int = -1  # tokens an update; -1: from the batch law
     embedding_lr: float = 0.3  # AdamW, before the batch and width laws
     unembedding_lr: float = 0.008  # AdamW
@@ -107,8 +108,11 @@ def off(value: float) -> float | None:
     return None if value == -1 else value
 
 
-def make_plan(cfg: Config, vocab_size: int, world: int) -> scaling.Plan:
+def make_plan(cfg: Config, vocab_size: int, rt: runtime.Runtime) -> scaling.Plan:
     """The plan of this command line."""
+    if cfg.device_batch_size == "auto":
+        config = make_plan(dataclasses.replace(cfg, device_batch_size=1, total_batch_size=-1), vocab_size, rt).config
+        return make_plan(dataclasses.replace(cfg, device_batch_size=scaling.auto_rows(config, rt)), vocab_size, rt)
     same = ("depth", "aspect_ratio", "head_dim", "window_pattern", "target_param_data_ratio", "device_batch_size")
     rates = (
         "embedding_lr",
@@ -123,7 +127,7 @@ def make_plan(cfg: Config, vocab_size: int, world: int) -> scaling.Plan:
     return scaling.plan(
         vocab_size=vocab_size,
         sequence_len=cfg.max_seq_len,
-        world=world,
+        world=rt.world,
         **{name: getattr(cfg, name) for name in (*same, *rates)},
         **{name: off(getattr(cfg, name)) for name in maybe},
     )
@@ -229,7 +233,7 @@ def main(cfg: Config) -> dict:
         cfg.dataset or tokenizer.meta.get("dataset", {}).get("dataset", "climbmix"), cfg.val_shard or None
     )
     # 3. plan ---------------------------------------------------------------------------------------------------------
-    plan = make_plan(cfg, tokenizer.vocab_size, rt.world)
+    plan = make_plan(cfg, tokenizer.vocab_size, rt)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
     root = checkpoint.folder("base") / (cfg.model_tag or f"d{cfg.depth}")
     core_every = off(cfg.core_metric_every)

@@ -8,7 +8,6 @@ format's logits; ids of real documents (--text) and of every Unicode character i
 
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -99,8 +98,7 @@ def main(cfg: Config) -> dict:
 
     source = checkpoint.load(checkpoint.find(cfg.source, cfg.model_tag or None))
     model, tokenizer, _ = checkpoint.build_model(source.path)
-    command = f"python -m scripts.bench_export {' '.join(sys.argv[1:])}".strip()
-    found: dict = hardware.about() | {"command": command, "checkpoint": "/".join(source.path.parts[-3:])}
+    found: dict = hardware.about() | {"command": cli.command(main), "checkpoint": "/".join(source.path.parts[-3:])}
     with tempfile.TemporaryDirectory() as folder:
         written = {}
         for kind, ending in formats.ENDINGS.items():

@@ -12,6 +12,7 @@ model, else SmolTalk, MMLU, GSM8K, spelling and, if given, `--identity` conversa
 import contextlib
 import dataclasses
 import time
+from typing import Literal
 
 from nanochat import (
     attention,
@@ -32,6 +33,7 @@ from nanochat import (
 )
 from nanochat.engine import Engine
 from nanochat.errors import Stopped, UserError, refuse
+from nanochat.gpt import GPTConfig
 from tasks import mixtures, suite
 
 
@@ -55,7 +57,7 @@ class Config:
     # horizon
     num_iterations: int = -1  # updates; -1: one epoch
     max_seq_len: int = -1  # row length, tokens
-    device_batch_size: int = -1  # rows of a micro-batch
+    device_batch_size: int | Literal["auto"] = -1  # rows of a micro-batch; auto: the most that fit the memory
     total_batch_size: int = -1  # tokens an update, padding included
     # optimisation; rates before the batch and width laws
     embedding_lr: float = -1.0  # AdamW
@@ -88,7 +90,7 @@ def off(value: float) -> float | None:
     return None if value == -1 else value
 
 
-def settle(cfg: Config, base: checkpoint.Checkpoint, world: int) -> dict:
+def settle(cfg: Config, base: checkpoint.Checkpoint, rt: runtime.Runtime) -> dict:
     """Sizes and rates of this run: the flags, and what is unset from the base model's run."""
     was, plan = base.meta["user_config"], base.meta["plan"]
     pick = lambda name, old: getattr(cfg, name) if getattr(cfg, name) != -1 else old
@@ -97,6 +99,9 @@ def settle(cfg: Config, base: checkpoint.Checkpoint, world: int) -> dict:
         "rows": pick("device_batch_size", plan["device_batch_size"]),
         "batch": pick("total_batch_size", plan["batch"]),
     }
+    if sizes["rows"] == "auto":
+        shape = GPTConfig(**plan["config"] | {"sequence_len": min(sizes["seq_len"], plan["config"]["sequence_len"])})
+        sizes["rows"] = scaling.auto_rows(shape, rt)
     rates = {n: pick(n, was[n]) for n in ("embedding_lr", "unembedding_lr", "matrix_lr")}
     problems = [f"{name} is {value}: it must be 1 or more." for name, value in sizes.items() if value < 1]
     if sizes["seq_len"] > plan["config"]["sequence_len"]:
@@ -106,7 +111,7 @@ def settle(cfg: Config, base: checkpoint.Checkpoint, world: int) -> dict:
     problems += [f"--{name.replace('_', '-')}={value} must be 0 or more." for name, value in rates.items() if value < 0]
     refuse(problems)
     batch, rows, accum, notes = scaling.settle_batch(
-        sizes["batch"], cfg.total_batch_size != -1, sizes["rows"], sizes["seq_len"], world
+        sizes["batch"], cfg.total_batch_size != -1, sizes["rows"], sizes["seq_len"], rt.world
     )
     return {"seq_len": sizes["seq_len"], "rows": rows, "batch": batch, "accum": accum, "rates": rates, "notes": notes}
 
@@ -144,7 +149,7 @@ def main(cfg: Config) -> dict:
     # 2. model and tokenizer ------------------------------------------------------------------------------------------
     base = checkpoint.load(checkpoint.find("base", cfg.model_tag or None, off(cfg.model_step)))
     model, tokenizer, _ = checkpoint.build_model(base.path, device=rt.device, dtype=rt.dtype, attend=backend.attend)
-    size = settle(cfg, base, rt.world)
+    size = settle(cfg, base, rt)
     root = checkpoint.folder("sft") / base.path.parent.name
     # 3. data ---------------------------------------------------------------------------------------------------------
     corpus = base.meta["dataset"]["dataset"]

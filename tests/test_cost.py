@@ -1,5 +1,7 @@
 """Closed-form costs: equal to the published table, to a counted model, and to what autograd really keeps."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,14 +127,29 @@ def test_recomputation_costs_the_blocks_forward():
     assert 3 * extra == pytest.approx(cost.flops_per_token(config) - head)
 
 
-def test_memory_estimate_adds_up_and_grows_with_rows():
-    assert cost.LOSS_CHUNK == loss.CHUNK
-    small, large = (cost.memory(published(12), rows) for rows in (1, 32))
-    assert small["total"] == sum(v for part, v in small.items() if part != "total")
-    assert small["weights"] == large["weights"] == 4 * cost.parameters(published(12))["total"]
-    assert large["activations"] == 32 * small["activations"] and large["logits"] == small["logits"]
-    assert cost.memory(published(12), 1, world=8)["optimizer"] == small["optimizer"] // 8
-    assert cost.memory(published(12), 1, bytes_per_value=4)["casts"] == 0
+def test_memory_is_one_moment_whose_parts_add_up():
+    assert cost.LOSS_CHUNK == (loss.CHUNK, loss.CPU_CHUNK)
+    short = dataclasses.replace(published(12), sequence_len=64)
+    small, large = cost.memory(short, 1), cost.memory(published(12), 32)
+    for part in (small, large):
+        assert part["total"] == sum(size for name, size in part.items() if name != "total")
+        assert part["weights"] == 4 * cost.parameters(published(12))["total"]
+    # a short row: the update is the peak, all gradients and no activation; 32 long ones: the backward pass is
+    assert small["activations"] == 0 and small["gradients"] == small["weights"]
+    assert large["activations"] == cost.activations(published(12), 32, 2, "compiled")
+    assert large["activations"] == 32 * cost.activations(published(12), 1, 2, "compiled")
+    assert large["gradients"] == 4 * cost.parameters(published(12))["matrix"]
+    assert cost.memory(published(12), 32, accum=2)["gradients"] == large["weights"]
+    assert cost.memory(short, 1, world=8)["optimizer"] == small["optimizer"] // 8
+    assert cost.memory(published(12), 32, bytes_per_value=4)["casts"] == 0
+    assert cost.memory(published(12), 32, device="cpu")["holes"] > 0 == large["holes"]
+
+
+def test_the_updates_room_is_what_a_square_stack_needs():
+    few, many = (GPTConfig(n_layer=4, n_head=6, n_kv_head=kv, n_embd=768) for kv in (1, 6))
+    assert cost.largest_bank(many) == cost.largest_bank(few) == 4 * 4 * 768**2
+    many = dataclasses.replace(many, sequence_len=64)
+    assert cost.memory(many, 1)["room"] == 13 * 4 * 4 * 768**2
 
 
 def test_largest_rows_is_the_last_power_of_two_that_fits():
