@@ -141,15 +141,16 @@ def fitting_rows(config: GPTConfig, bytes_free: float | None, **options) -> int:
     return min(cost.largest_rows(config, int(bytes_free), **options), MOST_ROWS)
 
 
-def auto_rows(config: GPTConfig, runtime) -> int:
+def auto_rows(config: GPTConfig, runtime, **options) -> int:
     """Rows of a micro-batch that fit this run's devices (runtime: nanochat.runtime.Runtime); none is a UserError.
 
+    options: shard and recompute of cost.memory.
     On a CPU the ranks share the machine's memory. The same on every rank: the smallest of their answers.
     """
     total = hardware.total_memory(runtime.device)
     shared = runtime.world if runtime.device.type == "cpu" else 1
     rows = fitting_rows(config, total and total * hardware.USABLE / shared, world=runtime.world,
-                        bytes_per_value=runtime.dtype.itemsize, device=runtime.device.type)  # fmt: skip
+                        bytes_per_value=runtime.dtype.itemsize, device=runtime.device.type, **options)  # fmt: skip
     rows = -runtime.max(-rows)
     if rows == 0:
         raise UserError(

@@ -108,11 +108,19 @@ def off(value: float) -> float | None:
     return None if value == -1 else value
 
 
-def make_plan(cfg: Config, vocab_size: int, rt: runtime.Runtime) -> scaling.Plan:
-    """The plan of this command line."""
+def with_rows(cfg: Config, vocab_size: int, rt: runtime.Runtime) -> Config:
+    """The flags with a number in place of --device-batch-size=auto."""
+    if cfg.device_batch_size != "auto":
+        return cfg
+    config = make_plan(dataclasses.replace(cfg, total_batch_size=-1), vocab_size, rt.world).config
+    rows = scaling.auto_rows(config, rt, shard=cfg.shard, recompute=cfg.recompute)
+    return dataclasses.replace(cfg, device_batch_size=rows)
+
+
+def make_plan(cfg: Config, vocab_size: int, world: int) -> scaling.Plan:
+    """The plan of this command line; of one row where --device-batch-size=auto has not been settled."""
     if cfg.device_batch_size == "auto":
-        config = make_plan(dataclasses.replace(cfg, device_batch_size=1, total_batch_size=-1), vocab_size, rt).config
-        return make_plan(dataclasses.replace(cfg, device_batch_size=scaling.auto_rows(config, rt)), vocab_size, rt)
+        cfg = dataclasses.replace(cfg, device_batch_size=1)
     same = ("depth", "aspect_ratio", "head_dim", "window_pattern", "target_param_data_ratio", "device_batch_size")
     rates = (
         "embedding_lr",
@@ -127,7 +135,7 @@ def make_plan(cfg: Config, vocab_size: int, rt: runtime.Runtime) -> scaling.Plan
     return scaling.plan(
         vocab_size=vocab_size,
         sequence_len=cfg.max_seq_len,
-        world=rt.world,
+        world=world,
         **{name: getattr(cfg, name) for name in (*same, *rates)},
         **{name: off(getattr(cfg, name)) for name in maybe},
     )
@@ -233,7 +241,7 @@ def main(cfg: Config) -> dict:
         cfg.dataset or tokenizer.meta.get("dataset", {}).get("dataset", "climbmix"), cfg.val_shard or None
     )
     # 3. plan ---------------------------------------------------------------------------------------------------------
-    plan = make_plan(cfg, tokenizer.vocab_size, rt)
+    plan = make_plan(with_rows(cfg, tokenizer.vocab_size, rt), tokenizer.vocab_size, rt.world)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
     root = checkpoint.folder("base") / (cfg.model_tag or f"d{cfg.depth}")
     core_every = off(cfg.core_metric_every)

@@ -46,9 +46,8 @@ def test_the_plan_is_the_trainers_and_the_rows_are_the_most_that_fit(base_dir):
     fit = dict(bytes_per_value=2, device="cuda")
     assert cost.memory(row["plan"].config, row["device_batch_size"], **fit)["total"] <= 24 * 2**30 * hardware.USABLE
     assert cost.memory(row["plan"].config, 2 * row["device_batch_size"], **fit)["total"] > 24 * 2**30 * hardware.USABLE
-    rt = Runtime.single()
     same = base_train.Config(depth=12, device_batch_size=row["device_batch_size"])
-    assert base_train.make_plan(same, 32768, rt) == row["plan"]
+    assert base_train.make_plan(same, 32768, 1) == row["plan"]
     nothing = plan.option(plan.Config(depth=40, gpu="4090"), 40, plan.machine(plan.Config(gpu="4090")))
     assert nothing["device_batch_size"] == 0
 
@@ -58,7 +57,7 @@ def test_auto_rows_in_training_follow_the_memory_there_is(base_dir, monkeypatch)
     found = []
     for gib in (2, 8):
         monkeypatch.setattr(hardware, "total_memory", lambda device, gib=gib: gib * 2**30)
-        found.append(base_train.make_plan(cfg, 4096, Runtime.single()))
+        found.append(base_train.make_plan(base_train.with_rows(cfg, 4096, Runtime.single()), 4096, 1))
     config = found[0].config
     assert found[0].device_batch_size < found[1].device_batch_size or found[1].accum == 1
     fit = dict(bytes_per_value=4, device="cpu")
