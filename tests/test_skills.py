@@ -134,7 +134,8 @@ def test_launches_are_found_in_real_commands(hooks, monkeypatch):
 
 def test_a_launch_that_cannot_fit_is_blocked_with_the_batch_that_fits(hooks, capsys, base_dir):
     config = base_train.make_plan(base_train.Config(depth=12), 32768, 1).config
-    room = cost.memory(config, 8, bytes_per_value=4)["total"] / 0.95 + 1
+    accum = base_train.make_plan(base_train.Config(depth=12, device_batch_size=8), 32768, 1).accum
+    room = cost.memory(config, 8, bytes_per_value=4, device="cpu", accum=accum)["total"] / 0.95 + 1
     small = {"room": lambda: (int(room), "a card")}
     assert hooks("check_fit", "python -m scripts.base_train --depth=12 --device-batch-size=8", **small) == 0
     assert hooks("check_fit", "python -m scripts.base_train --depth=12 --device-batch-size=16", **small) == 2

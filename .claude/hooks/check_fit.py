@@ -36,14 +36,15 @@ def problem(launch: common.Launch) -> str | None:
         return None  # a wrong flag: the program itself says so, better than we could
     total, name = room()
     shared = 1 if torch.cuda.is_available() else launch.world  # CPU ranks share one memory
-    size = 2 if torch.cuda.is_available() else 4
-    memory = lambda rows: cost.memory(plan.config, rows, world=launch.world, bytes_per_value=size)["total"] * shared
-    if memory(plan.device_batch_size) <= SHARE * total:
+    options = {"world": launch.world, "accum": plan.accum, "shard": cfg.shard, "recompute": cfg.recompute}
+    options |= {"device": "cuda"} if torch.cuda.is_available() else {"device": "cpu", "bytes_per_value": 4}
+    need = cost.memory(plan.config, plan.device_batch_size, **options)["total"] * shared
+    if need <= SHARE * total:
         return None
-    fits = next((rows for rows in (128, 64, 32, 16, 8, 4, 2, 1) if memory(rows) <= SHARE * total), 0)
+    fits = cost.largest_rows(plan.config, int(SHARE * total / shared), **options)
     remedy = f"--device-batch-size={fits} fits" if fits else "no batch of this depth fits: give a smaller --depth"
     return (
-        f"This launch needs about {memory(plan.device_batch_size) / 2**30:.1f} GiB at {plan.device_batch_size} rows "
+        f"This launch needs about {need / 2**30:.1f} GiB at {plan.device_batch_size} rows "
         f"and {name} has {total / 2**30:.1f}: {remedy} (python -m scripts.plan --depth={cfg.depth})."
     )
 
