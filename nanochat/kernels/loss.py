@@ -45,15 +45,15 @@ def _count(targets: torch.Tensor) -> torch.Tensor:
 
 def score_chunk(rows, weight, target, vocab, cap):
     """A chunk: rows (n, C), weight (Vpadded, C), target (n,) -> (losses (n,), gradients by the uncapped logits)."""
-    z = F.linear(rows, weight)
-    tanh = z.to(_wide(z.dtype)).div_(cap).tanh_()  # (n, Vpadded); in place: eagerly, memory is the cost
+    z = torch.addmm(rows.new_zeros(1, 1), rows, weight.T, beta=0, alpha=1 / cap)
+    tanh = z.to(_wide(z.dtype)).tanh_()  # (n, Vpadded); in place: eagerly, memory is the cost
     scored, index = (target != IGNORE).unsqueeze(1), target.clamp(min=0).unsqueeze(1)  # (n, 1)
     weights = (cap * tanh).exp_()
     weights[:, vocab:] = 0.0
     total = weights.sum(-1, keepdim=True)  # (n, 1)
     loss = torch.where(scored, total.log() - cap * tanh.gather(1, index), 0.0).squeeze(1)
     grad = weights.mul_(scored / total).scatter_add_(1, index, -scored.to(tanh.dtype))
-    return loss, grad.mul_(tanh.square_().neg_().add_(1)).to(rows.dtype)
+    return loss, grad.addcmul_(grad, tanh.square_(), value=-1).to(rows.dtype)
 
 
 def _add_product(total, a, b):
