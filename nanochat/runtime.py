@@ -102,6 +102,15 @@ class Runtime:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
+    def bytes_now(self) -> int:
+        """Memory in use now: the device allocator's on CUDA, the process's resident set on Linux, else 0."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        if sys.platform != "linux":
+            return 0
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
     def peak_bytes(self) -> int:
         """Peak memory so far: the device allocator's on CUDA, the process's resident set elsewhere."""
         if self.device.type == "cuda":

@@ -327,6 +327,7 @@ def main(cfg: Config) -> dict:
             log.step(
                 step, line(step, plan, at.meter, lr_mult, seconds, used), loss=loss, smooth_loss=at.meter.loss,
                 lr=lr_mult, grad_norm=norm, seconds=seconds, tokens_per_second=plan.batch / seconds, mfu=used,
+                memory=rt.bytes_now(),
                 tokens=at.meter.tokens, epoch=batch.note.epoch, shard=batch.note.shard,
             )  # fmt: skip
             if at.spikes.why:

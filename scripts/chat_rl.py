@@ -256,7 +256,7 @@ def main(cfg: Config) -> dict:
             console = (f"step {step:4d}/{steps} | reward {paid / drawn:.3f} | {len(rollouts)} replies taught | "
                        f"lr x {lr_mult:.2f} | {seconds:.1f} s")  # fmt: skip
             log.step(step, console, reward=paid / drawn, lr=lr_mult, grad_norm=norm, seconds=seconds,
-                     taught=len(rollouts), targets=tokens)  # fmt: skip
+                     taught=len(rollouts), targets=tokens, memory=rt.bytes_now())  # fmt: skip
     # 6. summary ------------------------------------------------------------------------------------------------------
     summary = {"step": steps, **metrics, "seconds": at.meter.seconds, "seconds_saving": saver.blocked,
                "peak_bytes": rt.peak_bytes(), "checkpoint": str(root / f"step_{steps:06d}")}  # fmt: skip

@@ -237,6 +237,7 @@ def main(cfg: Config) -> dict:
                 f"{1000 * seconds:6.0f} ms | {at.meter.seconds / 60:.1f} min"
             )
             log.step(step, console, loss=loss, smooth_loss=at.meter.loss, lr=lr_mult, grad_norm=norm, seconds=seconds,
+                     memory=rt.bytes_now(),
                      tokens_per_second=size["batch"] / seconds, targets=tokens,
                      epoch=batches[-1].note.epoch)  # fmt: skip
             if at.spikes.why:

@@ -1,38 +1,50 @@
-"""Write report.md and report.html of the newest run (or of --model-tag) from its records.
+"""Write report.md and report.html of the newest run (or of --model-tag, or of several compared) from its records.
 
 python -m scripts.report
+python -m scripts.report --model-tag=pocket,other --series=miniseries.csv
 python -m scripts.report --log=CLAUDE.md     # a row for the newest finished stage in the file's Experiment Log
 """
 
+import csv
 import dataclasses
-import os
-import platform
 import subprocess
 from pathlib import Path
 
-import torch
-
-from nanochat import checkpoint, cli, hardware, journal, paths, record, report, runtime
+from nanochat import checkpoint, cli, hardware, journal, paths, record, report
 from nanochat.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model_tag: str = ""  # which run; empty: the newest
+    model_tag: str = ""  # which run, or several with commas between them, to be compared; empty: the newest
+    series: str = ""  # CSV that scripts.series wrote: its scaling laws are fitted and drawn
     output: str = ""  # folder for report.md and report.html; empty: the artefact folder's report/
     log: str = ""  # Markdown file whose Experiment Log gets a row for the newest finished stage; no report then
 
 
-def machine() -> dict[str, str]:
-    """What this run ran on, for the report's head."""
-    device = runtime.pick_device()
+def about() -> dict[str, str]:
+    """When and where this report was made."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count()
-    return {
-        "commit": git.stdout.strip() or "not a git checkout",
-        "device": f"{count} x {hardware.device_name(device)} ({device.type})",
-        "software": f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}",
-    }
+    return hardware.about() | {"commit": git.stdout.strip() or "not a git checkout"}
+
+
+def gather(tags: str) -> dict[str, report.Run]:
+    """The runs by their tags; without tags the newest one, by its own."""
+    if not tags:
+        run = report.collect(paths.base_dir())
+        newest = next(stage for stage in ("rl", "sft", "base") if stage in run)
+        start = next((row for row in run[newest] if row["kind"] == "start"), {})
+        return {(start.get("config") or {}).get("model_tag") or "newest run": run}
+    return {tag: report.collect(paths.base_dir(), tag) for tag in tags.split(",")}
+
+
+def read_series(path: str) -> list[dict[str, str]]:
+    """The rows of the CSV."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"--series={path} can't be read ({error.strerror}): make it with scripts.series.") from error
 
 
 def newest_row(tag: str) -> list[str]:
@@ -56,14 +68,15 @@ def main(cfg: Config) -> dict:
         written = journal.append(cfg.log, row)
         print(f"{cfg.log}: {'added' if written else 'has already'} | {' | '.join(row)} |")
         return {"row": row, "written": written}
-    found = report.collect(paths.base_dir(), cfg.model_tag or None)
+    runs = gather(cfg.model_tag)
+    series = read_series(cfg.series) if cfg.series else None
     folder = Path(cfg.output) if cfg.output else paths.base_dir() / "report"
-    about = machine()
-    for name, text in (("report.md", report.markdown(found, about)), ("report.html", report.page(found, about))):
+    facts = about()
+    for name, text in (("report.md", report.markdown(runs, facts)), ("report.html", report.page(runs, facts, series))):
         with paths.atomic_write(folder / name, "w") as file:
             file.write(text)
     print(f"report: {folder / 'report.md'} and {folder / 'report.html'}")
-    return {"folder": str(folder), "scores": report.score_table(found)}
+    return {"folder": str(folder), "scores": report.score_table(next(iter(runs.values())))}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from nanochat import chat, checkpoint, record
 from nanochat.errors import UserError
 from nanochat.export import gguf_file, graph, hub, parity, tokenizer_json
 from nanochat.tokenizer import Tokenizer
-from scripts import bench_export, export
+from scripts import bench_export, bench_lm_eval, export
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries' own warnings
 CONVERSATION = [
@@ -234,3 +234,15 @@ def test_the_bench_finds_the_first_token_and_the_first_text_that_differ(folder):
     wrong = tokenizers.Tokenizer.from_str(json.dumps(content))
     found = bench_export.same_ids(TOKENIZER, wrong, ["abc", "aAc"])
     assert (found["texts"], found["different"], found["first"]) == (2, 1, ["'aAc'"])
+
+
+def test_the_harness_bench_wants_an_exported_folder_and_scores_as_the_model_does(folder, shared_data, tmp_path):
+    with pytest.raises(UserError, match="scripts.export"):
+        bench_lm_eval.main(bench_lm_eval.Config(model=str(tmp_path)))
+    found = bench_lm_eval.tasks(shared_data, tmp_path, 3)
+    assert [task["task"] for task in found] == ["local_arc", "local_copa", "local_gsm8k"]
+    assert len((tmp_path / "copa.jsonl").read_text().splitlines()) == 3
+    model, tokenizer = hub.model_of(folder)
+    item = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    other = {**item, "answerKey": "B"}
+    assert bench_lm_eval.own_accuracy(model, tokenizer, [item, other]) == 0.5

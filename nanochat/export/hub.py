@@ -103,6 +103,20 @@ def _write_weights(path: Path, weights: dict) -> None:
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
 
 
+def model_of(folder: Path) -> tuple[gpt.GPT, Tokenizer]:
+    """Our own model and tokenizer from an exported folder."""
+    content = paths.read_json(folder / "nanochat.json")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{folder / 'nanochat.json'} has format {content.get('format')}, this version reads {FORMAT}.")
+    ranks = tokenizer_json.ranks_of(paths.read_json(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_ranks(ranks, content["tokenizer_meta"])
+    if tokenizer.fingerprint != content["meta"]["tokenizer"]:
+        raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer of its model: export the model again.")
+    model = gpt.GPT(GPTConfig(**content["meta"]["config"]))
+    checkpoint.restore(model, _weights(folder / "model.safetensors"), folder)
+    return model.eval(), tokenizer
+
+
 def read(folder: Path | str, stage: str | None = None, tag: str | None = None) -> Path:
     """Make an exported folder a checkpoint of this artefact folder; returns its path.
 
@@ -110,18 +124,9 @@ def read(folder: Path | str, stage: str | None = None, tag: str | None = None) -
     one there is a UserError, because every model of an artefact folder shares one.
     """
     folder = Path(folder)
-    content = paths.read_json(folder / "nanochat.json")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{folder / 'nanochat.json'} has format {content.get('format')}, this version reads {FORMAT}.")
-    meta = content["meta"]
-    tokenizer = Tokenizer.from_ranks(
-        tokenizer_json.ranks_of(paths.read_json(folder / "tokenizer.json")), content["tokenizer_meta"]
-    )
-    if tokenizer.fingerprint != meta["tokenizer"]:
-        raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer of its model: export the model again.")
+    model, tokenizer = model_of(folder)
+    meta = paths.read_json(folder / "nanochat.json")["meta"]
     _install(tokenizer)
-    model = gpt.GPT(GPTConfig(**meta["config"]))
-    checkpoint.restore(model, _weights(folder / "model.safetensors"), folder)
     root = checkpoint.folder(stage or meta["stage"]) / (tag or meta.get("tag") or folder.name)
     if checkpoint.complete_steps(root):
         raise UserError(f"{root} has checkpoints already: give another name with --model-tag.")

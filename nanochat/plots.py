@@ -1,0 +1,133 @@
+"""Pictures of runs as SVG text: curves over steps, tokens, FLOPs or time, a radar of CORE, a law with its residuals.
+
+matplotlib draws; text stays text, so that a page can be searched. Nothing is read here: callers bring the numbers.
+"""
+
+import io
+import math
+import re
+from itertools import count
+from typing import NamedTuple
+
+MOST_POINTS = 1500  # of a drawn curve; more can't be seen and make a page heavy
+SERIAL = count()
+
+
+class Curve(NamedTuple):
+    """One line: a label and its points."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+
+
+class Fit(NamedTuple):
+    """y = a x^b, fitted in logarithms; residuals are log(y / fit)."""
+
+    a: float
+    b: float
+    residuals: list[float]
+
+    def at(self, x: float) -> float:
+        return self.a * x**self.b
+
+
+def fit(x: list[float], y: list[float]) -> Fit:
+    """Least squares of log y on log x; two different x at least (ValueError)."""
+    lx, ly = [math.log(v) for v in x], [math.log(v) for v in y]
+    mx, my = sum(lx) / len(lx), sum(ly) / len(ly)
+    spread = sum((v - mx) ** 2 for v in lx)
+    if spread == 0:
+        raise ValueError("a law needs runs of two sizes at least")
+    b = sum((u - mx) * (v - my) for u, v in zip(lx, ly)) / spread
+    a = math.exp(my - b * mx)
+    return Fit(a, b, [v - math.log(a) - b * u for u, v in zip(lx, ly)])
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
+                                "axes.spines.right": False, "font.family": "sans-serif"})  # fmt: skip
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _svg(fig, title: str) -> str:
+    """The figure as an <svg> element whose ids are its own, with a title for those who can't see it."""
+    out = io.StringIO()
+    fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    _pyplot().close(fig)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    own = f"p{next(SERIAL)}-"
+    text = re.sub(r'\bid="', f'id="{own}', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """At most MOST_POINTS of the points, evenly, the last one always."""
+    every = -(-len(x) // MOST_POINTS)
+    keep = sorted({*range(0, len(x), every), len(x) - 1}) if x else []
+    return [x[i] for i in keep], [y[i] for i in keep]
+
+
+def lines(curves: list[Curve], title: str, x_label: str, y_label: str) -> str:
+    """A line plot."""
+    fig, axes = _pyplot().subplots(figsize=(5.2, 3.1), layout="constrained")
+    for curve in curves:
+        x, y = thin(curve.x, curve.y)
+        marker = "o" if len(x) < 15 else None
+        axes.plot(x, y, label=curve.label, linewidth=1.3, marker=marker, markersize=3)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.25)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(fig, title)
+
+
+def radar(scores: dict[str, dict[str, float]], title: str, circle: float | None = None, circle_label: str = "") -> str:
+    """Scores by axis for each label, on spokes from -0.1 to 1; `circle`: one value that is the same on every spoke."""
+    names = list(next(iter(scores.values())))
+    angles = [2 * math.pi * i / len(names) for i in range(len(names))]
+    fig, axes = _pyplot().subplots(figsize=(6.4, 5.6), layout="constrained", subplot_kw={"polar": True})
+    for label, values in scores.items():
+        points = [max(values.get(name, 0.0), -0.1) for name in names]
+        axes.plot([*angles, angles[0]], [*points, points[0]], linewidth=1.4, label=label)
+        axes.fill([*angles, angles[0]], [*points, points[0]], alpha=0.12)
+    if circle is not None:
+        ring = [2 * math.pi * i / 180 for i in range(181)]
+        axes.plot(ring, [circle] * len(ring), linestyle="--", linewidth=1.2, color="0.35", label=circle_label)
+    axes.set_xticks(angles, [name.replace("_", " ") for name in names], fontsize=7)
+    axes.set_ylim(-0.1, 1.0)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", ".25", ".5", ".75", "1"], fontsize=7)
+    axes.set_title(title)
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.12, -0.12))
+    return _svg(fig, title)
+
+
+def law(points: list[tuple[str, float, float]], title: str, x_label: str, y_label: str) -> str:
+    """(label, x, y) of runs with the fitted power law, and the residuals in percent below it."""
+    x, y = [p[1] for p in points], [p[2] for p in points]
+    found = fit(x, y)
+    fig, (above, below) = _pyplot().subplots(
+        2, 1, figsize=(5.2, 4.4), layout="constrained", sharex=True, height_ratios=[3, 1]
+    )
+    above.loglog(x, y, "o", markersize=4, label="runs")
+    ends = [min(x), max(x)]
+    above.loglog(ends, [found.at(v) for v in ends], linewidth=1.2, label=f"{found.a:.3g} x^{found.b:.3f}")
+    for label, at, value in points:
+        above.annotate(label, (at, value), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    above.legend(frameon=False, fontsize=8)
+    above.set(title=title, ylabel=y_label)
+    below.axhline(0, color="0.5", linewidth=0.8)
+    below.semilogx(x, [100 * (math.exp(r) - 1) for r in found.residuals], "o", markersize=4)
+    below.set(xlabel=x_label, ylabel="off, %")
+    for axes in (above, below):
+        axes.grid(alpha=0.25, which="both")
+    return _svg(fig, title)
