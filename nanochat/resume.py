@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nanochat import checkpoint, dataloader, faults, record, saving, train
+from nanochat import checkpoint, dataloader, faults, nodes, record, saving, train
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 
@@ -26,22 +26,22 @@ def point(
 ) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The checkpoint to go on from (None: start afresh) and a sentence for each one passed over. Collective."""
     if not resume and step is None:
-        aside = saving.set_aside(root) if runtime.main and root.is_dir() else None
-        runtime.barrier()
+        aside = nodes.each(runtime, lambda: saving.set_aside(root) if root.is_dir() else None)
         return None, [f"an earlier run of this name was moved to {aside}."] if aside else []
-    choice: dict[str, Any] = {"path": None, "notes": [], "error": ""}
-    if runtime.main:
+    choice: dict[str, Any] = {"name": None, "notes": [], "error": ""}
+    source = nodes.newest(root, step, runtime)
+    if runtime.rank == source:
         try:
             path, notes = (root / f"step_{step:06d}", []) if step is not None else checkpoint.newest_good(root)
             if step is not None:
                 checkpoint.load(path).verify()
-            choice |= {"path": str(path) if path else None, "notes": notes}
+            choice |= {"name": path.name if path else None, "notes": notes}
         except UserError as error:
             choice["error"] = str(error)
-    choice = runtime.broadcast(choice)
+    choice = runtime.gather(choice)[source]
     if choice["error"]:
         raise UserError(choice["error"])
-    found = checkpoint.load(Path(choice["path"])) if choice["path"] else None
+    found = checkpoint.load(nodes.fetch(root / choice["name"], runtime, source)) if choice["name"] else None
     return found, choice["notes"]
 
 
@@ -107,8 +107,7 @@ def restore(
     states = found.rank_states()
     if found.world == runtime.world:
         train.set_rng_state(states[runtime.rank]["rng"])
-    if runtime.main:
-        saving.set_aside(found.path.parent, beyond=found.step)
+    nodes.each(runtime, lambda: saving.set_aside(found.path.parent, beyond=found.step))
     meta, loaders = found.meta, [state.get("loader") for state in states]
     return Progress(
         train.Meter(**meta["meter"]), train.Scaler(**meta["scaler"]),

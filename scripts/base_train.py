@@ -27,6 +27,7 @@ from nanochat import (
     dataset,
     hardware,
     loss_eval,
+    nodes,
     optim,
     record,
     resume,
@@ -240,6 +241,7 @@ def main(cfg: Config) -> dict:
     corpus = dataset.open_corpus(
         cfg.dataset or tokenizer.meta.get("dataset", {}).get("dataset", "climbmix"), cfg.val_shard or None
     )
+    nodes.same(rt, tokenizer=tokenizer.fingerprint, dataset=corpus.identity)
     # 3. plan ---------------------------------------------------------------------------------------------------------
     plan = make_plan(with_rows(cfg, tokenizer.vocab_size, rt), tokenizer.vocab_size, rt.world)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)

@@ -24,6 +24,7 @@ from nanochat import (
     chat_eval,
     checkpoint,
     cli,
+    nodes,
     optim,
     record,
     resume,
@@ -185,7 +186,7 @@ def main(cfg: Config) -> dict:
     rt = runtime.start(cfg.device_type, cfg.seed, training=True)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
     # 2. model and tokenizer ------------------------------------------------------------------------------------------
-    base = checkpoint.load(checkpoint.find("sft", cfg.model_tag or None, off(cfg.model_step)))
+    base = checkpoint.load(nodes.find("sft", cfg.model_tag or None, off(cfg.model_step), rt))
     model, tokenizer, _ = checkpoint.build_model(base.path, device=rt.device, dtype=rt.dtype, attend=backend.attend)
     root = checkpoint.folder("rl") / base.path.parent.name
     # 3. problems -----------------------------------------------------------------------------------------------------

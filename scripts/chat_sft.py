@@ -21,6 +21,7 @@ from nanochat import (
     cli,
     dataloader,
     loss_eval,
+    nodes,
     optim,
     record,
     resume,
@@ -147,7 +148,7 @@ def main(cfg: Config) -> dict:
     rt = runtime.start(cfg.device_type, cfg.seed, training=True)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
     # 2. model and tokenizer ------------------------------------------------------------------------------------------
-    base = checkpoint.load(checkpoint.find("base", cfg.model_tag or None, off(cfg.model_step)))
+    base = checkpoint.load(nodes.find("base", cfg.model_tag or None, off(cfg.model_step), rt))
     model, tokenizer, _ = checkpoint.build_model(base.path, device=rt.device, dtype=rt.dtype, attend=backend.attend)
     size = settle(cfg, base, rt)
     root = checkpoint.folder("sft") / base.path.parent.name

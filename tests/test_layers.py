@@ -17,7 +17,7 @@ LAYERS = [
     {"attention", "gpt", "cost"},
     {"rules", "banks", "shard", "optim", "schedule", "scaling", "train", "faults", "watch"},
     {"tokenizer", "chat", "packing", "manifest", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
-    {"checkpoint", "saving", "resume"},
+    {"checkpoint", "nodes", "saving", "resume"},
     {"sampling", "logprobs", "tools", "streaming", "speculation", "sandbox", "execution"},
     {"blocks", "kvcache", "prefix", "paged", "decode", "graphs", "sequence", "scheduler", "engine"},
     {"loss_eval", "core_eval", "chat_eval", "samples", "report", "pictures", "journal", "export"},
