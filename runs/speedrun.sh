@@ -34,16 +34,16 @@ pocket() {
     # 2,048 tokens and matrix and head rates three times the defaults, because the run is short (dev/LOG.md). Sizes can be set
     # from outside: scripts.bench_recipe_kill runs the same recipe smaller.
     local seed="${SEED:-42}" vocab="${VOCAB:-2048}" chars="${CHARS:-3000000}" save="${SAVE_EVERY:-300}"
-    local base="${BASE_STEPS:-2200}" sft="${SFT_STEPS:-850}" rl="${RL_STEPS:-24}" problems="${PROBLEMS:-400}"
+    local base="${BASE_STEPS:-1200}" sft="${SFT_STEPS:-440}" rl="${RL_STEPS:-24}" problems="${PROBLEMS:-400}"
     local tokens="${EVAL_TOKENS:-32768}" rl_save="${RL_SAVE_EVERY:-6}"
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size="$vocab" --max-chars="$chars"
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
-        --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=8 \
-        --total-batch-size=2048 --num-iterations="$base" --matrix-lr=0.06 --embedding-lr=0.3 --unembedding-lr=0.024 \
-        --eval-every=550 --eval-tokens="$tokens" --core-metric-every=-1 --sample-every=1100 --save-every="$save" --resume
+        --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=16 \
+        --total-batch-size=4096 --num-iterations="$base" --matrix-lr=0.04 --embedding-lr=0.4 --unembedding-lr=0.016 \
+        --eval-every=300 --eval-tokens="$tokens" --core-metric-every=-1 --sample-every=600 --save-every="$save" --resume
     stage base_eval python -m scripts.base_eval --model-tag=pocket --eval=bpb,sample --split-tokens="$tokens"
     stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket \
-        --num-iterations="$sft" --init-lr-frac=0.6 --eval-every=425 --eval-tokens="$tokens" --chatcore-every=-1 \
+        --num-iterations="$sft" --init-lr-frac=0.6 --eval-every=220 --eval-tokens="$tokens" --chatcore-every=-1 \
         --save-every="$save" --resume
     stage chat_eval_sft python -m scripts.chat_eval -i sft --model-tag=pocket --max-problems="$problems" \
         --max-new-tokens=48

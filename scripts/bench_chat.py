@@ -36,7 +36,7 @@ class Config:
     free_source: str = "base"  # base, sft or rl: the model that continues documents; of the same run
     num: int = 200  # questions, sums and continuations, each; 0: none
     seed: int = 1  # of everything that is drawn
-    temperature: float = 0.3  # of the free continuations (a small model is best near its likeliest); replies are greedy
+    temperature: float = 0.0  # of the free continuations; 0 is greedy, as the replies are
     max_new_tokens: int = 64  # longest reply or continuation, tokens
     train_documents: int = 100_000  # training documents searched for copies; at least as many as the run read
     slots: int = 64  # sequences decoded together
@@ -185,7 +185,7 @@ def main(cfg: Config) -> dict:
     free = go_on(engine, tokenizer, cfg) if cfg.num else []
     # -- 4 summary ----------------------------------------------------------------------------------------------------
     rows = rows_of(answers, free)
-    text = table(rows) + f"\n\nReplies are greedy, continuations drawn at temperature {cfg.temperature}."
+    text = table(rows) + f"\n\nReplies are greedy, continuations drawn at temperature {cfg.temperature} (0: greedy)."
     name = f"{cfg.source}_{tag}_{meta['step']:06d}_seed{cfg.seed}"
     written = write(Path(cfg.out) if cfg.out else paths.base_dir() / "bench_chat", name, cfg, text, answers, free)
     for line in (*(f"{key}: {rule}" for key, rule in exam.RULES.items()), "", text, ""):

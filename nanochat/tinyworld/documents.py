@@ -205,12 +205,12 @@ KINDS = {
     "mixed": 0.20,
     "entry": 0.12,
     "riddle": 0.03,
-    "sums": 0.02,
-    "letters": 0.01,
+    "sums": 0.015,
+    "letters": 0.005,
     "scenes": 0.05,
     "orders": 0.01,
-    "copying": 0.03,
-    "story": 0.32,
+    "copying": 0.02,
+    "story": 0.34,
 }
 _MAKERS: dict[str, Callable[[str, Random], str]] = {
     "relation": _relation_text,

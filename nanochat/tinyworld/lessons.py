@@ -70,10 +70,14 @@ def _worked_sum(split: str, rng: Random) -> str:
     a, b = a + 10, b + 10
     if split == "train" and held_out(a, b):  # kept for the conversations' test split
         return _worked_sum(split, rng)
+    return grammar.realise("task_add.s", {"n1": a, "n2": b}, rng) + " " + steps_of_sum(a, b, rng)
+
+
+def steps_of_sum(a: int, b: int, rng: Random) -> str:
+    """How two numbers of two digits are added: first the ones, then the tens."""
     ones, carry = a % 10 + b % 10, a % 10 + b % 10 > 9
     tens = a // 10 + b // 10 + carry
     steps = (
-        ("task_add.s", {"n1": a, "n2": b}),
         ("ones_add.s", {"n1": a % 10, "n2": b % 10, "n3": ones}),
         ("carry.s" if carry else "no_carry.s", {"n": ones % 10}),
         ("tens_carry.s" if carry else "tens_add.s", {"n1": a // 10, "n2": b // 10, "n3": tens}),
@@ -206,7 +210,7 @@ def scenes(split: str, rng: Random) -> str:
     for _ in range(6 + below(4, rng)):
         place = pick(chosen, rng)
         v, v2 = rng.sample(world.scenes()[place][1], 2)
-        kind = pick(("scene_one", "scene_one", "scene_one", "scene", "scene_two", "not_scene"), rng)
+        kind = pick(("scene_one", "scene_one", "scene_one", "scene_one", "scene_two", "not_scene"), rng)
         if kind == "not_scene":
             v2 = pick(world.scenes()[pick(places, rng)][1], rng)
             if v2 in world.scenes()[place][1] or not _ours(split, place, v2):

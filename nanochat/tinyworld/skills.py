@@ -1,4 +1,4 @@
-"""Conversations that ask for a skill: comparing, spelling, counting letters and numbers, remembering, reading.
+"""Conversations that ask for a skill: comparing, spelling, counting, adding by hand, remembering, reading.
 
 Each is a function (rng, test) -> turns; one combination in `SHARE` (a pair compared, a word spelled, a person's name)
 is used in the test split only.
@@ -7,7 +7,7 @@ is used in the test split only.
 from functools import cache
 from random import Random
 
-from nanochat.tinyworld import facts, world
+from nanochat.tinyworld import facts, lessons, sums, world
 from nanochat.tinyworld.questions import careless, draws, upper_first
 
 SHARE = 8
@@ -56,6 +56,20 @@ def short_words(test: bool) -> tuple[str, ...]:
     return tuple(
         w for w in names if w.isalpha() and w.islower() and 3 <= len(w) <= 5 and draws(SHARE, "spell", w) == test
     )
+
+
+BY_HAND_ASKS = (
+    "How do you add {} and {} by hand?", "Add {} and {} by hand.", "Show me how to add {} and {} step by step.",
+    "How can I add {} and {} on paper?", "Explain step by step how to add {} and {}.", "Add {} and {} step by step.",
+)  # fmt: skip
+
+
+def by_hand(rng: Random, test: bool) -> list[Turn]:
+    """A sum worked digit by digit, without the calculator."""
+    while True:
+        a, b = rng.randrange(10, 50), rng.randrange(10, 50)
+        if sums.held_out(a, b) == test:
+            return [(careless(rng, rng.choice(BY_HAND_ASKS).format(a, b)), lessons.steps_of_sum(a, b, rng))]
 
 
 def letters(rng: Random, test: bool) -> list[Turn]:
