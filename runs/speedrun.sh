@@ -30,20 +30,20 @@ stage() {
 }
 
 pocket() {
-    # 128 wide, because a small model that reads more beats a larger one that reads less in the same minutes; batches of
-    # 2,048 tokens and matrix and head rates three times the defaults, because the run is short (dev/LOG.md). Sizes can be set
-    # from outside: scripts.bench_recipe_kill runs the same recipe smaller.
-    local seed="${SEED:-42}" vocab="${VOCAB:-2048}" chars="${CHARS:-3000000}" save="${SAVE_EVERY:-300}"
-    local base="${BASE_STEPS:-1200}" sft="${SFT_STEPS:-440}" rl="${RL_STEPS:-24}" problems="${PROBLEMS:-400}"
+    # 128 wide, because a small model that reads more beats a larger one that reads less in the same minutes; rates up to
+    # twice the defaults, because batches are small and the run is short (dev/LOG.md). Sizes can be set from outside:
+    # scripts.bench_recipe_kill runs the same recipe smaller.
+    local seed="${SEED:-42}" vocab="${VOCAB:-3072}" chars="${CHARS:-3000000}" save="${SAVE_EVERY:-180}"
+    local base="${BASE_STEPS:-1080}" sft="${SFT_STEPS:-400}" rl="${RL_STEPS:-16}" problems="${PROBLEMS:-400}"
     local tokens="${EVAL_TOKENS:-32768}" rl_save="${RL_SAVE_EVERY:-6}"
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size="$vocab" --max-chars="$chars"
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
         --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=16 \
-        --total-batch-size=4096 --num-iterations="$base" --matrix-lr=0.04 --embedding-lr=0.4 --unembedding-lr=0.016 \
-        --eval-every=300 --eval-tokens="$tokens" --core-metric-every=-1 --sample-every=600 --save-every="$save" --resume
+        --total-batch-size=4096 --num-iterations="$base" --matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.012 \
+        --eval-every=360 --eval-tokens="$tokens" --core-metric-every=-1 --sample-every=540 --save-every="$save" --resume
     stage base_eval python -m scripts.base_eval --model-tag=pocket --eval=bpb,sample --split-tokens="$tokens"
     stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket \
-        --num-iterations="$sft" --init-lr-frac=0.6 --eval-every=220 --eval-tokens="$tokens" --chatcore-every=-1 \
+        --num-iterations="$sft" --init-lr-frac=0.6 --eval-every=200 --eval-tokens="$tokens" --chatcore-every=-1 \
         --save-every="$save" --resume
     stage chat_eval_sft python -m scripts.chat_eval -i sft --model-tag=pocket --max-problems="$problems" \
         --max-new-tokens=48

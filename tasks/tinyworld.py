@@ -15,7 +15,7 @@ from nanochat.tinyworld import questions, sums, talk
 from tasks import common
 
 SPLITS = ("train", "test")
-CHOICE_SHARE = 14  # one conversation of TinyWorldTalk in 14 is a multiple-choice question
+CHOICE_SHARE = 28  # one conversation of TinyWorldTalk in 28 is a multiple-choice question
 
 
 class TinyWorld(common.Task):

@@ -20,8 +20,8 @@ from nanochat.tinyworld.skills import SHARE, Turn
 SPLITS = ("train", "val", "test")
 
 WEIGHTS = {
-    "facts": 56.0,
-    "sums": 19.0,
+    "facts": 58.0,
+    "sums": 17.0,
     "about_me": 8.0,
     "chatter": 2.5,
     "unknown": 3.0,
