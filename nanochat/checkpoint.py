@@ -65,7 +65,7 @@ def tags(source: str) -> list[str]:
     root = folder(source)
     if not root.is_dir():
         return []
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and (complete_steps(p) or _is_old(p)))
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and (complete_steps(p) or is_old(p)))
 
 
 def guess_tag(source: str) -> str:
@@ -84,10 +84,11 @@ def find(source: str, tag: str | None = None, step: int | None = None) -> Path:
     tag = tag or guess_tag(source)
     root = folder(source) / tag
     steps = complete_steps(root)
-    if not steps and _is_old(root):
+    if not steps and is_old(root):
         raise UserError(
             f"{root} holds checkpoints of the older nanochat layout (model_<step>.pt, pickled), which this version "
-            f"does not read: train again with `python -m {MADE_BY[source]}`, or use them with the code that wrote them."
+            f"does not read: convert them with `python -m scripts.checkpoints convert --path={root} -i {source} "
+            f"--model-tag=NEW`, or train again with `python -m {MADE_BY[source]}`."
         )
     if not root.is_dir():
         raise UserError(f"No {source} checkpoint has the tag {tag!r}: there is {_list(tags(source))}.")
@@ -111,7 +112,8 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
-def _is_old(root: Path) -> bool:
+def is_old(root: Path) -> bool:
+    """Does a folder hold files of the published layout?"""
     return root.is_dir() and any(OLD.fullmatch(p.name) for p in root.iterdir())
 
 

@@ -16,8 +16,10 @@ refuses when a shard has gone or changed. Shards added later therefore change no
 
 import hashlib
 import itertools
+import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +36,12 @@ from nanochat.paths import base_dir, read_json, write_json
 SPLITS = ("train", "val")
 BATCH = 128  # documents read at a time, as published
 CACHE_BYTES = 256 * 2**20  # of decoded row groups kept, beyond the two newest
+PATIENCE = 30.0  # seconds between two warnings that a shard has not arrived
 TINYWORLD_SEED = 0
 TINYWORLD_SHARD = 4096  # documents
 TINYWORLD_TRAIN = 16_384  # shards: 67 million documents before the first repeats
+
+log = logging.getLogger(__name__)
 
 Position = dict[str, int]  # {"epoch" from 1, "shard", "index": where the next document is, "documents" so far}
 Key = tuple[int, int, int]  # epoch, shard, index: one document of a stream
@@ -68,13 +73,16 @@ HUB = {
 }
 
 
-def open_corpus(name: str = "climbmix", val_shard: str | None = None) -> "Corpus":
-    """The corpus of `--dataset name`: climbmix, fineweb-edu, tinyworld or a folder. UserError: missing or unusable."""
+def open_corpus(name: str = "climbmix", val_shard: str | None = None, shards: int | None = None) -> "Corpus":
+    """The corpus of `--dataset name`: climbmix, fineweb-edu, tinyworld or a folder. UserError: missing or unusable.
+
+    `shards` of a hub's corpus: its first so many training shards, waited for if they are still arriving.
+    """
     if name in HUB or name == "tinyworld":
         fixed = HUB[name].val_shard if name in HUB else None
         if val_shard and _with_suffix(val_shard) != fixed:
             raise UserError(f"--val-shard is for folders: the validation shard of {name} is fixed ({fixed}).")
-        return _open_hub(name) if name in HUB else TinyWorld()
+        return _open_hub(name, shards) if name in HUB else TinyWorld()
     return _open_folder(name, val_shard)
 
 
@@ -161,8 +169,11 @@ class Corpus:
 class ParquetCorpus(Corpus):
     """Parquet files of one folder, read a row group at a time."""
 
-    def __init__(self, name: str, identity: dict, folder: Path, files: dict[str, list[str]], remedy: str):
+    def __init__(
+        self, name: str, identity: dict, folder: Path, files: dict[str, list[str]], remedy: str, arriving: bool = False
+    ):
         super().__init__(name, identity)
+        self.arriving = arriving  # files may still be on their way
         self.folder = folder
         self.files = files
         self.remedy = remedy  # what to do about a file that can't be read
@@ -203,11 +214,12 @@ class ParquetCorpus(Corpus):
         return identity["val_shard"] == self.identity["val_shard"]  # a folder may be moved; `resumed` checks its files
 
     def frozen(self, split: str) -> list:
-        return [[name, (self.folder / name).stat().st_size] for name in self.files[split]]
+        paths = {name: self.folder / name for name in self.files[split]}
+        return [[name, path.stat().st_size if path.exists() else None] for name, path in paths.items()]
 
     def resumed(self, split: str, frozen: list) -> "ParquetCorpus":
         now = {path.name: path.stat().st_size for path in self.folder.glob("*.parquet")}
-        other = [name for name, size in frozen if now.get(name) != size]
+        other = [name for name, size in frozen if size is not None and now.get(name) != size]
         if other:
             some = ", ".join(other[:3]) + ", ..." * (len(other) > 3)
             raise UserError(
@@ -215,11 +227,14 @@ class ParquetCorpus(Corpus):
                 f"resumed began ({some}): put them back, or begin a new run."
             )
         files = self.files | {split: [name for name, _ in frozen]}
-        return ParquetCorpus(self.name, self.identity, self.folder, files, self.remedy)
+        arriving = self.arriving or any(size is None for _, size in frozen)
+        return ParquetCorpus(self.name, self.identity, self.folder, files, self.remedy, arriving)
 
     def _open(self, name: str) -> pq.ParquetFile:
         """Open a shard. UserError: it is not what the manifest says, it is damaged, or it has no text."""
         path = self.folder / name
+        if self.arriving:
+            self._wait_for(path)
         try:
             file = pq.ParquetFile(self._manifest.path(name))
         except UserError as error:
@@ -233,6 +248,17 @@ class ParquetCorpus(Corpus):
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(f'The column "text" of {path} holds {kind} and not strings: write it again as strings.')
         return file
+
+    def _wait_for(self, path: Path) -> None:
+        """Until a shard has arrived, whole. UserError: nobody is fetching it."""
+        seconds = 0.0
+        while not path.exists():
+            if not manifest.download_under_way(self.folder) and not path.exists():
+                raise UserError(f"{path} is not there and no download into its folder is under way: {self.remedy}.")
+            if seconds % PATIENCE == 0:
+                log.warning("waiting for %s, which is still being downloaded (%.0f s so far)", path, seconds)
+            time.sleep(1.0)
+            seconds += 1.0
 
     def _read(self, name: str, group: int) -> pa.ChunkedArray:
         with self._open(name) as file:
@@ -263,12 +289,14 @@ class _Recent:
             return self._kept[key]
 
 
-def _open_hub(name: str) -> ParquetCorpus:
+def _open_hub(name: str, shards: int | None = None) -> ParquetCorpus:
     source = HUB[name]
     folder = base_dir() / source.folder
     fetch = f"python -m nanochat.dataset -n 8 --dataset {name}"
     names = set(_parquet_names(folder))
     train = [shard for shard in map(source.shard, range(source.train_shards)) if shard in names]
+    if shards is not None:
+        train = [source.shard(i) for i in range(min(shards, source.train_shards))]
     there = {"training shard": bool(train), "validation shard": source.val_shard in names}
     missing = [what for what, is_there in there.items() if not is_there]
     if missing:
@@ -278,7 +306,8 @@ def _open_hub(name: str) -> ParquetCorpus:
         )
     identity = {"dataset": name, "val_shard": source.val_shard}
     remedy = f"it is damaged; delete it and run `{fetch}` again"
-    return _checked(ParquetCorpus(name, identity, folder, {"train": train, "val": [source.val_shard]}, remedy))
+    files = {"train": train, "val": [source.val_shard]}
+    return _checked(ParquetCorpus(name, identity, folder, files, remedy, arriving=shards is not None))
 
 
 def _open_folder(name: str, val_shard: str | None) -> ParquetCorpus:
@@ -311,6 +340,8 @@ def _parquet_names(folder: Path) -> list[str]:
 def _checked(corpus: ParquetCorpus) -> ParquetCorpus:
     """The same corpus, once every file begins and ends as parquet does and validation has documents."""
     for name in corpus.files["train"] + corpus.files["val"]:
+        if corpus.arriving and not (corpus.folder / name).exists():
+            continue
         with open(corpus.folder / name, "rb") as file:
             head = file.read(4)
             file.seek(-min(4, os.fstat(file.fileno()).st_size), os.SEEK_END)

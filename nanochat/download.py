@@ -23,7 +23,7 @@ import tyro
 
 from nanochat.dataset import HUB, HubCorpus
 from nanochat.errors import UserError
-from nanochat.manifest import NAME
+from nanochat.manifest import NAME, lock
 from nanochat.manifest import read as read_manifest
 from nanochat.manifest import write as write_manifest
 from nanochat.paths import base_dir, free_bytes, sha256
@@ -121,10 +121,10 @@ def _fetch(
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Only one download at a time into a folder."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     try:
-        with FileLock(folder / ".download.lock", timeout=0):
+        with lock(folder).acquire(timeout=1):  # a reader that looks whether someone downloads holds it for a moment
             yield
     except Timeout as error:
         raise UserError(f"Another download into {folder} is under way: wait until it is done.") from error

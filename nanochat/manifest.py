@@ -41,6 +41,24 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
+def lock(folder: Path) -> Any:
+    """The lock that a download into `folder` holds."""
+    from filelock import FileLock
+
+    return FileLock(folder / ".download.lock")
+
+
+def download_under_way(folder: Path) -> bool:
+    """Is some process fetching shards into `folder`?"""
+    from filelock import Timeout
+
+    try:
+        with lock(folder).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 class Checked:
     """The shards of a folder, each compared with the manifest once a process, when it is first asked for."""
 

@@ -129,13 +129,13 @@ class Saver:
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # collective where sharded
             if self.runtime.main:
                 weights[name] = self._to_host(name, whole.detach())
-        ranks = self.runtime.gather(record.plain(dict(rank_state)))
+        ranks = self.runtime.gather(dict(rank_state))
         self.runtime.synchronize()  # copies from a GPU are queued
         if not self.runtime.main:
             return None
         scores = {str(k): v for k, v in self.scores.items()}
         meta = {**meta, "format": checkpoint.FORMAT, "step": step, "world": self.runtime.world, "scores": scores}
-        return Snapshot(step, weights, moments, record.plain(meta), ranks)
+        return Snapshot(step, weights, moments, meta, ranks)
 
     def _to_host(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in memory that is used again by the next save (pinned, so that a GPU copies at full speed)."""

@@ -55,6 +55,7 @@ class Config:
     # data
     dataset: str = ""  # climbmix, fineweb-edu, tinyworld or a folder of parquet; empty: the tokenizer's own
     val_shard: str = ""  # a folder's validation shard; empty: its manifest's, else the last by name
+    shards: int = -1  # training shards of a hub corpus, also those still being downloaded; -1: those that are there
     packing: str = "crop"  # crop: cut documents to fill rows (published); lossless: lose no token
     # model
     depth: int = 20  # layers; sets width, heads, batch, horizon and learning rates
@@ -239,7 +240,9 @@ def main(cfg: Config) -> dict:
     # 2. tokenizer and corpus -----------------------------------------------------------------------------------------
     tokenizer = Tokenizer.load()
     corpus = dataset.open_corpus(
-        cfg.dataset or tokenizer.meta.get("dataset", {}).get("dataset", "climbmix"), cfg.val_shard or None
+        cfg.dataset or tokenizer.meta.get("dataset", {}).get("dataset", "climbmix"),
+        cfg.val_shard or None,
+        off(cfg.shards),
     )
     nodes.same(rt, tokenizer=tokenizer.fingerprint, dataset=corpus.identity)
     # 3. plan ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from nanochat import checkpoint, cli, paths, record
+from nanochat import checkpoint, cli, dataset, paths, record
 from nanochat.errors import UserError
 
 WORLD = 2
@@ -117,9 +117,10 @@ def warm_up() -> None:
     from tasks import common
 
     torch.set_num_threads(1)
-    for module, _ in STAGES.values():
-        importlib.import_module(module)
+    for module, flags in STAGES.values():
+        cli.parse(importlib.import_module(module).Config, flags)
         del sys.modules[module]  # it is run, not imported, later
+    dataset.open_corpus("tinyworld")
     common.Task.reward = lambda task, problem, reply: float(len(str(reply)) % 2)
 
 
