@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat import dataset, manifest
 from nanochat.dataset import HUB, SPLITS, open_corpus
 from nanochat.errors import UserError
 
@@ -304,3 +305,51 @@ def test_the_real_text(shared_data, base_dir):
     assert corpus.shards("val") == ["shard_00011.parquet"] and len(corpus.shards("train")) == 10
     counts = {split: sum(len(docs) for _, docs in corpus.epoch_batches(split)) for split in SPLITS}
     assert counts == {"train": 61_440, "val": 777}
+
+
+# -- shards that are still arriving ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arriving(base_dir):
+    """The hub's folder with the validation shard and the first of three; returns it and what makes a shard arrive."""
+    source = HUB["climbmix"]
+    folder = base_dir / source.folder
+    folder.mkdir()
+
+    def arrive(name):
+        table = pa.table({"text": [f"{name} document {i}" for i in range(5)]})
+        pq.write_table(table, folder / f".{name}.partial")
+        (folder / f".{name}.partial").rename(folder / name)
+
+    for name in (source.shard(0), source.val_shard):
+        arrive(name)
+    return folder, arrive, source
+
+
+def test_shards_are_read_while_the_next_ones_are_downloaded(arriving, monkeypatch):
+    folder, arrive, source = arriving
+    monkeypatch.setattr(
+        dataset.time, "sleep", lambda _: arrive(source.shard(2 if (folder / source.shard(1)).exists() else 1))
+    )
+    corpus = open_corpus("climbmix", shards=3)
+    frozen = corpus.frozen("train")
+    assert [size is None for _, size in frozen] == [False, True, True]
+    with manifest.lock(folder):
+        texts = [text for _, docs in corpus.epoch_batches("train") for _, text in docs]
+    assert texts == [f"{source.shard(s)} document {i}" for s in range(3) for i in range(5)]
+    again = open_corpus("climbmix").resumed("train", frozen)  # a state saved before they had arrived
+    assert [text for _, docs in again.epoch_batches("train") for _, text in docs] == texts
+
+
+def test_a_shard_that_nobody_fetches_is_a_sentence_not_a_wait_pitfall_4(arriving):
+    corpus = open_corpus("climbmix", shards=3)
+    with pytest.raises(UserError, match="is not there and no download into its folder is under way.*nanochat.dataset"):
+        list(corpus.epoch_batches("train"))
+
+
+def test_a_short_look_at_the_lock_does_not_stop_a_download_that_begins(arriving):
+    folder, _, _ = arriving
+    assert not manifest.download_under_way(folder)
+    with manifest.lock(folder):
+        assert manifest.download_under_way(folder)

@@ -1,9 +1,12 @@
 """The ground layer: paths, runtime, hardware, record, command line."""
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +113,53 @@ def test_wandb_works_offline_without_an_account_pitfall_46(tmp_path, monkeypatch
     run.step(0, loss=1.0)
     run.close()
     assert (tmp_path / "wandb").is_dir()
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run_pitfall_8(tmp_path, monkeypatch):
+    """Its id is in the record and goes into every checkpoint; the published code begins a new run each time."""
+    asked = []
+
+    def init(**options):
+        asked.append(options)
+        return SimpleNamespace(id=options.get("id") or "new1", finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    first = record.Record(tmp_path / "r.jsonl", stage="base", config={}, run="try")
+    assert first.wandb_id == "new1" and "id" not in asked[0]
+    record.Record(tmp_path / "r.jsonl", stage="base", config={}, run="try", resume_step=3, wandb_id=first.wandb_id)
+    assert (asked[1]["id"], asked[1]["resume"]) == ("new1", "allow")
+    assert [row["wandb"] for row in map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())] == ["new1"] * 2
+    assert record.Record(tmp_path / "r.jsonl", stage="base", config={}).wandb_id is None
+
+
+def test_a_full_disk_costs_rows_of_the_record_not_the_run(tmp_path, monkeypatch, capsys):
+    log = record.Record(tmp_path / "r.jsonl", stage="base", config={})
+    real = open
+
+    def full(path, mode="r", **options):
+        if mode == "a":
+            with real(path, mode, **options) as file:
+                file.write('{"kind": "st')  # what still fitted
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        for step in (1, 2):
+            log.step(step, loss=1.0)
+    log.step(3, loss=1.0)
+    assert capsys.readouterr().out.count("can't be written (No space left on device)") == 1
+    assert [row.get("step") for row in record.read(tmp_path / "r.jsonl")] == [None, 3]
+
+
+def test_a_rollback_supersedes_what_came_after_its_step(tmp_path):
+    log = record.Record(tmp_path / "r.jsonl", stage="base", config={})
+    for step in range(4):
+        log.step(step, loss=1.0)
+    log.event("rollback", step=2)
+    log.step(2, loss=2.0)
+    rows = [row for row in record.read(tmp_path / "r.jsonl") if row["kind"] == "step"]
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 1.0), (1, 1.0), (2, 2.0)]
 
 
 def test_wandb_is_not_imported_for_a_dummy_run_pitfall_46(tmp_path):
