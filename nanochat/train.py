@@ -174,10 +174,12 @@ class StopSignal:
     """While entered, SIGTERM, SIGINT and SIGUSR1 only set a flag, so that the run can finish its step and save.
 
     A second signal, GRACE seconds later or more, leaves at once by the system's default action; what is saved stays
-    whole (checkpoints are atomic). The run ends with status 128 + n (143, 130, 138), which a scheduler may restart: SLURM
-    lists them in RequeueExit, Kubernetes' OnFailure and torchrun's --max-restarts take any; 1 is a mistake to mend
-    first. torchrun kills what is still there 30 s after SIGTERM: a step and a save must fit. The grace is there because Ctrl-C under torchrun reaches a rank twice: from the
+    whole (checkpoints are atomic). The grace is there because Ctrl-C under torchrun reaches a rank twice: from the
     terminal and from the launcher.
+
+    The run ends with status 128 + n (143, 130, 138), which a scheduler may restart: SLURM lists them in RequeueExit,
+    Kubernetes' OnFailure and torchrun's --max-restarts take any status; 1 is a mistake to be mended first. torchrun
+    kills what is still there 30 s after SIGTERM, so a step and a save must fit into that.
     """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
