@@ -359,7 +359,10 @@ def _checked(corpus: ParquetCorpus) -> ParquetCorpus:
 def _validation_shard(folder: Path, names: list[str], asked: str | None) -> str:
     """The validation shard: as asked, else by the manifest, else as written down before, else the last name."""
     pin = base_dir() / "corpora" / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}.json"
-    pinned = read_json(pin)["val_shard"] if pin.exists() else None
+    before = read_json(pin) if pin.exists() else {}
+    pinned = before.get("val_shard")
+    if before.get("manifest") and not (folder / manifest.NAME).exists():
+        raise UserError(f"{folder / manifest.NAME} is missing, by which the shards were checked so far: restore it.")
     chosen = _with_suffix(asked) or _manifest_choice(folder) or pinned or names[-1]
     if pinned and chosen != pinned:
         raise UserError(
@@ -370,7 +373,7 @@ def _validation_shard(folder: Path, names: list[str], asked: str | None) -> str:
     if chosen not in names:
         raise UserError(f"The validation shard {chosen} is not in {folder}: put it back, or name another file of it.")
     if not pinned:
-        write_json(pin, {"folder": str(folder), "val_shard": chosen})
+        write_json(pin, {"folder": str(folder), "val_shard": chosen, "manifest": bool(manifest.read(folder))})
     return chosen
 
 

@@ -81,7 +81,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nanochat-save") if runtime.main else None
         self._job: Future | None = None
         self._host: dict[str, torch.Tensor] = {}
-        self._failed = 0  # saves in a row, as known on rank 0
+        self._failed, self._error = 0, ""  # saves in a row, and why the last; known on rank 0
         self._news: list[dict] = []
 
     def save(self, step: int, *, model: torch.nn.Module, optimizer: Any = None, meta: Mapping[str, Any],
@@ -151,12 +151,12 @@ class Saver:
             if isinstance(result, Exception) and not isinstance(result, UserError):
                 raise result
             self._failed = self._failed + 1 if isinstance(result, UserError) else 0
-            self._news.append({"error": str(result)} if self._failed else result)
+            self._error = str(result) if self._failed else ""
+            self._news.append({"error": self._error} if self._failed else result)
 
     def _stop_if(self, failed: bool) -> None:
         """Stop every rank with the sentence of rank 0's last failure, if it says so."""
-        errors = [one["error"] for one in self._news if "error" in one]
-        sentence = self.runtime.broadcast((errors or ["saving has failed"])[-1] if failed else "")
+        sentence = self.runtime.broadcast(self._error if failed else "")
         if sentence:
             raise UserError(sentence)
 

@@ -64,3 +64,10 @@ def test_no_manifest_no_check_and_an_old_one_without_a_digest_still_counts(folde
     (folder / "manifest.json").unlink()
     assert manifest.read(folder) == {}
     read_all(folder)
+
+
+def test_a_manifest_that_has_gone_is_missed(folder):
+    read_all(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json is missing.*restore it"):
+        read_all(folder)
