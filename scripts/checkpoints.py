@@ -227,7 +227,7 @@ def published_model(path: Path, meta: dict) -> GPT:
         raise UserError(f"The meta file beside {path} does not describe a model of ours ({', '.join(missing)}).")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001  what torch raises at a file that is damaged or would run code varies
+    except Exception as error:
         raise UserError(f"{path} can't be read as weights ({str(error).splitlines()[0]}): it is not used.") from error
     state = {name.removeprefix("_orig_mod."): t.float() for name, t in state.items()}
     state.setdefault("resid_lambdas", torch.ones(config["n_layer"]))
