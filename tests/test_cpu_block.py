@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny_model import tiny_gpt
 
 from nanochat import gpt
 from nanochat.kernels import cpu_block
-from tests.tiny_model import tiny_gpt
 
 CASES = {  # changes of tiny_gpt, rows, tokens a row
     "windows, few kv heads, value embeddings": ({}, 3, 40),

@@ -13,11 +13,11 @@ import time
 
 import pytest
 import torch
+from tiny_model import tiny_gpt
 
 from nanochat import gpt, optim, train
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
-from tests.tiny_model import tiny_gpt
 
 RT = Runtime.single()
 
