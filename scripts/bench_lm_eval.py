@@ -3,15 +3,13 @@
     python -m scripts.export -i sft && python -m scripts.bench_lm_eval --model=EXPORTED_FOLDER
 
 Writes three local tasks (ARC-Easy from parquet, COPA from the CORE bundle's JSON lines, GSM8K as text to be generated)
-and runs `lm_eval` on them in a process of its own with HF_HUB_OFFLINE=1. ARC is also scored by nanochat itself on the
+and runs the harness on them with HF_HUB_OFFLINE=1. ARC is also scored by nanochat itself on the
 same items: the two must agree on how many are right.
 """
 
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -22,7 +20,7 @@ import yaml
 
 from nanochat import cli, gpt, hardware, paths
 from nanochat.errors import UserError
-from nanochat.export import hub
+from nanochat.export import hub, parity
 from nanochat.tokenizer import Tokenizer
 
 
@@ -62,24 +60,67 @@ def tasks(data: Path, folder: Path, limit: int) -> list[dict]:
     return found
 
 
-def harness(model: Path, names: list[str], folder: Path, limit: int) -> dict:
-    """Run lm_eval; returns its results by task."""
-    out = folder / "results"
-    command = [
-        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-        f"pretrained={model},trust_remote_code=True,dtype=float32,add_bos_token=True",
-        "--tasks", ",".join(names), "--include_path", str(folder), "--device", "cpu", "--batch_size", "8",
-        "--limit", str(limit), "--output_path", str(out), "--log_samples",
-    ]  # fmt: skip
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"),
-           "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    files = sorted(out.rglob("results_*.json"))
-    if done.returncode or not files:
-        raise UserError(
-            f"lm_eval failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no output'}"
-        )
-    return json.loads(files[-1].read_text())["results"]
+class Exported:
+    """Made into a model of the harness by `harness`: what transformers loads from the folder scores and continues."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
+        super().__init__()
+        self.model, self.tokens = parity.load_hf(folder), AutoTokenizer.from_pretrained(folder)
+        self.context = self.model.config.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokens.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.tokens(string)["input_ids"]  # bos first, as in every row the model has seen
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        found = []
+        for _, context, continuation in requests:
+            ids = (context + continuation)[-self.context :]
+            n = len(continuation)
+            likely = self.model(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+            target = torch.tensor(ids[-n:])
+            total = float(likely.gather(1, target[:, None]).sum())
+            found.append((total, bool((likely.argmax(-1) == target).all())))
+        return found
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        raise UserError("Rolling likelihoods are not part of these tasks.")
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        found = []
+        for text, options in (request.args for request in requests):
+            most = options.get("max_gen_toks", 24)
+            ids = torch.tensor([self.tok_encode(text)[-(self.context - most) :]])
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
+            said = self.tokens.decode(out[0, ids.size(1) :], skip_special_tokens=True)
+            for stop in options.get("until", []):
+                said = said.split(stop)[0]
+            found.append(said)
+        return found
+
+
+def harness(model: Path, files: list[dict], folder: Path, limit: int) -> dict:
+    """Run lm-eval on the task files; returns its results by task.
+
+    Through a model class of ours, because the harness' own `--model hf` needs the package accelerate; where that is
+    installed, `lm_eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos_token=True` does.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+
+    kind = type("ExportedLM", (Exported, TemplateLM), {})
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    names = [task["task"] for task in files]
+    return simple_evaluate(model=kind(model), tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)[
+        "results"
+    ]
 
 
 @torch.no_grad()
@@ -101,6 +142,7 @@ def own_accuracy(model: gpt.GPT, tokenizer: Tokenizer, items: list[dict]) -> flo
 
 def main(cfg: Config) -> dict:
     """Run, compare, print, write."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     folder = Path(cfg.model)
     if not (folder / "nanochat.json").exists():
         raise UserError("--model must name a folder that `python -m scripts.export` wrote.")
@@ -109,7 +151,7 @@ def main(cfg: Config) -> dict:
     model, tokenizer = hub.model_of(folder)
     with tempfile.TemporaryDirectory() as place:
         files = tasks(Path(cfg.data), Path(place), cfg.limit)
-        results = harness(folder.resolve(), [task["task"] for task in files], Path(place), cfg.limit)
+        results = harness(folder.resolve(), files, Path(place), cfg.limit)
         items = pq.read_table(Path(place) / "arc.parquet").to_pylist()
     ours = own_accuracy(model, tokenizer, items)
     found = hardware.about() | {"command": cli.command(main), "results": results, "arc_by_nanochat": ours,

@@ -1,0 +1,117 @@
+"""The package as others get it: what the wheel holds, the container file's rules, types of public signatures."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import nanochat
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from the tracked files with the build backend that is installed."""
+    pytest.importorskip("setuptools")
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "dev/")):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    code = f"import setuptools.build_meta as b; print(b.build_wheel({str(out)!r}))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_in_an_empty_folder_and_holds_every_module_and_data_file(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    for folder in ("nanochat", "scripts", "tasks"):
+        for path in (ROOT / folder).rglob("*"):
+            kept = path.suffix in (".py", ".html", ".csv", ".txt", ".tsv") and "__pycache__" not in path.parts
+            if kept and path.is_file():
+                assert str(path.relative_to(ROOT)) in inside, f"the wheel lacks {path.relative_to(ROOT)}"
+    assert not [name for name in inside if name.startswith(("tests/", "dev/", "runs/"))]
+    env = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    code = "import nanochat, scripts.plan as p; print(nanochat.__file__); p.main(p.Config(depth=4, gpu='h100'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and str(tmp_path / "site") in done.stdout and "parameters" in done.stdout, done.stderr
+
+
+def test_version_and_changelog_agree():
+    newest = re.search(r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == PROJECT["project"]["version"]
+    assert nanochat.__doc__
+
+
+def instructions():
+    """(instruction, rest) of the container file, continued lines joined."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "Containerfile").read_text())
+    return [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_container_file_is_sound():
+    found = instructions()
+    known = {"FROM", "ENV", "RUN", "COPY", "WORKDIR", "USER", "VOLUME", "EXPOSE", "CMD"}
+    assert {name for name, _ in found} <= known and found[0][0] == "FROM"
+    stages = [rest.split(" AS ")[1] for name, rest in found if name == "FROM"]
+    assert {"cpu", "gpu"} <= set(stages)
+    for name, rest in found:
+        if name == "FROM":
+            image = rest.split()[0]
+            assert image in stages or re.search(r":[\w.-]*\d", image), f"{image} has no version"
+        if name == "RUN" and "apt-get install" in rest:
+            assert "--no-install-recommends" in rest and "rm -rf /var/lib/apt/lists" in rest
+        if name == "RUN":
+            assert "sudo" not in rest and "curl" not in rest
+        if name == "CMD":
+            module = re.search(r'"-m", "([\w.]+)"', rest)[1]
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+    users = [rest for name, rest in found if name == "USER"]
+    assert users and users[-1] != "root", "the container runs as root"
+    for line in (ROOT / "Containerfile").read_text().splitlines():
+        for target in re.findall(r"--target (\w+)", line):
+            assert target in stages
+
+
+def test_the_hooks_of_pre_commit_run_what_is_here():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"  # nothing is fetched
+    for hook in repository["hooks"]:
+        assert {"id", "name", "entry", "language"} <= hook.keys() and hook["language"] == "system"
+        for path in re.findall(r"tests/\w+\.py", hook["entry"]):
+            assert (ROOT / path).exists()
+
+
+def typed():
+    return [ROOT / name for name in PROJECT["tool"]["mypy"]["files"]]
+
+
+@pytest.mark.parametrize("path", typed(), ids=lambda p: p.stem)
+def test_public_functions_say_what_they_return(path):
+    """mypy checks calls only of what is annotated; the rest would pass unseen."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for part in [node, *(node.body if isinstance(node, ast.ClassDef) else [])]:
+            if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
+                assert part.returns is not None, f"{path.name}: {part.name} does not say what it returns"
+
+
+@pytest.mark.slow
+def test_types_of_the_public_signatures_hold():
+    pytest.importorskip("mypy")
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
