@@ -20,7 +20,7 @@ LAYERS = [
     {"checkpoint", "nodes", "saving", "resume"},
     {"sampling", "logprobs", "tools", "streaming", "speculation", "sandbox", "execution"},
     {"blocks", "kvcache", "prefix", "paged", "decode", "graphs", "sequence", "scheduler", "engine"},
-    {"loss_eval", "core_eval", "chat_eval", "samples", "report", "pictures", "journal", "export"},
+    {"loss_eval", "core_eval", "chat_eval", "samples", "plots", "report", "pictures", "journal", "export"},
     {"serve"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
