@@ -21,7 +21,7 @@ SKILLS = set(
     "debug-oom debug-loss debug-distributed debug-stuck fix-checkpoint verify-data train gpu-check config-memory "
     "scaling explain rent-gpu visualize remotion-setup".split()
 )
-WAITING = {"fix-checkpoint", "gpu-check"}  # for their programs
+WAITING = {"gpu-check"}  # for their programs
 HERE = sorted(SKILLS - WAITING)
 PORTABLE = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
 AGENTS = sorted((CLAUDE / "agents").glob("*.md"))
