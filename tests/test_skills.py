@@ -51,12 +51,12 @@ def test_a_skill_is_portable_and_drives_a_program(name):
     assert 40 < len(matter["description"]) <= 1024 and not set("<>") & set(matter["description"])
     assert "Use " in matter["description"]  # says when, not only what
     assert body.count("\n") < 500
-    assert any(re.search(r"python -m scripts\.\w+", block) for block in bash(body)), "no program behind it"
+    assert any(re.search(r"-m scripts\.\w+", block) for block in bash(body)), "no program behind it"
     assert not re.findall(r"(?<!\\)\$[2-9]", body)  # only $0, $1 and $ARGUMENTS are substituted
     tools = re.findall(r"Bash\(([^)]*)\)|(\w+)", matter["allowed-tools"])
     for command, other in tools:
         assert other in ("", "Read", "Grep") or command, matter["allowed-tools"]
-        assert not re.search(r"base_train|chat_sft|chat_rl|rm |torchrun", command)  # what costs hours or deletes, asks
+        assert not re.search(r"base_train|chat_sft|chat_rl|\brm |repair|quarantine", command)  # hours, deleting: asks
 
 
 def test_every_program_of_a_skill_is_allowed_or_asks():
@@ -64,7 +64,7 @@ def test_every_program_of_a_skill_is_allowed_or_asks():
         matter, body = front(CLAUDE / "skills" / name / "SKILL.md")
         for module in {m for block in bash(body) for m in re.findall(r"python -m ([\w.]+)", block)}:
             asks = module in ("scripts.base_train", "scripts.chat_sft", "scripts.report")
-            assert asks or f"Bash(python -m {module} *)" in matter["allowed-tools"], (name, module)
+            assert asks or f"Bash(python -m {module} " in matter["allowed-tools"], (name, module)
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.stem)
