@@ -99,7 +99,8 @@ class Layer:
         """x, first (N, C): the stream, and its beginning's share; ids (N,), cos and sin (N, 1, D) -> (N, C)."""
         x = torch.add(first, x, alpha=self.keep)
         x += self.out(self._attend(self.norm(x), ids, cos, sin, attention))
-        x += self.down(self.up(self.norm(x)).relu_().square_())
+        inner = self.up(self.norm(x)).relu_()
+        x += self.down(inner.mul_(inner))
         return x
 
     def _attend(self, x, ids, cos, sin, attention):

@@ -57,17 +57,16 @@ class StaticDecode:
         """The batch into the memory that stays: padding reads and writes block 0 at position 0."""
         columns = [[*column, *[0] * (size - rows)] for column in (batch.ids, batch.previous, batch.positions)]
         self.host[:, :size] = torch.tensor(columns)
-        self.columns[:, :size].copy_(self.host[:, :size], non_blocking=True)
-        owners = batch.owners
-        written = [(pages, *map(len, pages.tables), *pages.gone) for pages in owners] + [None] * (size - rows)
+        self.columns.copy_(self.host, non_blocking=True)  # all of it: only memory in one piece goes without waiting
+        written = [(pages, *map(len, pages.tables), *pages.gone) for pages in batch.owners] + [None] * (size - rows)
         if written == self._written:
             return
         self._written = written
         for group, tables in enumerate(self.host_tables):
-            lines = [pages.tables[group][: self.width] for pages in owners]
+            lines = [pages.tables[group][: self.width] for pages in batch.owners]
             lines = [line + [0] * (self.width - len(line)) for line in lines] + [[0] * self.width] * (size - rows)
             tables[:size] = torch.tensor(lines, dtype=torch.int32)
-        self.tables[:, :size].copy_(self.host_tables[:, :size], non_blocking=True)
+        self.tables.copy_(self.host_tables, non_blocking=True)
 
     def _step(self, size: int) -> torch.Tensor:
         ids, previous, positions = self.columns[:, :size]

@@ -42,6 +42,7 @@ class KVCache:
         shape = (size, config.n_kv_head, config.head_dim)
         # zeros, not empty: a NaN there would pass through a mask's weight of 0
         self.memory = [torch.zeros(2, counts[g], *shape, dtype=dtype, device=device) for g in self.groups]
+        self.keys, self.values = ([memory[i].flatten(0, 1) for memory in self.memory] for i in (0, 1))  # (N S, Hkv, D)
 
     def _least(self, span: int, max_len: int) -> int:
         """Blocks that one sequence can need, with a chunk being read while the window's older blocks are still held."""
@@ -63,14 +64,6 @@ class KVCache:
     def pages(self) -> Pages:
         """Nothing held yet."""
         return Pages(self.pools, self.windows, self.size)
-
-    def keys(self, layer: int) -> torch.Tensor:
-        """(N S, Hkv, D): all tokens of the layer's group."""
-        return self.memory[layer][0].flatten(0, 1)
-
-    def values(self, layer: int) -> torch.Tensor:
-        """As keys."""
-        return self.memory[layer][1].flatten(0, 1)
 
     def copy(self, copies: list[tuple[int, int, int]]) -> None:
         """Copy blocks, each (group, from, to), in every layer of the group."""

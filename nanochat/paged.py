@@ -48,7 +48,7 @@ class Chunks:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See the module's docstring."""
         cache, group = self.cache, self.cache.groups[layer]
-        keys, values = cache.keys(layer), cache.values(layer)
+        keys, values = cache.keys[layer], cache.values[layer]
         keys.index_copy_(0, self.slots[group], k)
         values.index_copy_(0, self.slots[group], v)
         out, at = [], 0
@@ -106,7 +106,7 @@ class Rows:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See the module's docstring."""
         cache, group = self.cache, self.cache.groups[layer]
-        keys, values = cache.keys(layer), cache.values(layer)
+        keys, values = cache.keys[layer], cache.values[layer]
         keys.index_copy_(0, self.slots[group], k)
         values.index_copy_(0, self.slots[group], v)
         count, heads, dim = q.shape
@@ -155,7 +155,8 @@ def _read(memory: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:
 def _merge(parts, order, q):
     """Weigh the parts of each row: parts from `_look`, order (P,) their rows -> (N, Hkv, G, D)."""
     y, total = torch.cat([y for y, _ in parts]), torch.cat([total for _, total in parts])
-    weight = (total - total.amax()).exp_().float().unsqueeze(-1)  # QK norm bounds their differences
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weight = (total - total.amax()).exp_().to(wide).unsqueeze(-1)  # QK norm bounds their differences
     sums = weight.new_zeros(len(q), *weight.shape[1:]).index_add_(0, order, weight)
     mixed = weight.new_zeros(q.shape).index_add_(0, order, y * weight)
     return mixed.div_(sums).to(q.dtype)
@@ -179,8 +180,8 @@ class Tables:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See the module's docstring."""
         group = self.cache.groups[layer]
-        self.cache.keys(layer).index_copy_(0, self.slots[group], k)
-        self.cache.values(layer).index_copy_(0, self.slots[group], v)
+        self.cache.keys[layer].index_copy_(0, self.slots[group], k)
+        self.cache.values[layer].index_copy_(0, self.slots[group], v)
         way = self._by_varlen if self.by_blocks else self._by_gathering
         return way(q, *self.cache.memory[layer], self.tables[group], self.cache.windows[group])
 

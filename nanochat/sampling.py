@@ -21,6 +21,7 @@ MIN_TEMPERATURE = 1e-3  # below it the draw is greedy in all but name; keeps log
 MAX_TEMPERATURE = 100.0
 MAX_STOPS, MAX_STOP_CHARS = 16, 200
 MAX_TOP_LOGPROBS = 20
+GROUP = 64  # neighbours in the vocabulary of which only the best counts at first, see _best
 
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1  # SplitMix64 (Steele, Lea, Flood 2014)
 
@@ -147,7 +148,7 @@ class _Group:
     def _ranked(self, logits, u):
         """Only the candidates that a cut can keep, best first: the kept ones are a prefix of them."""
         k = min(self.largest_k or logits.size(-1), logits.size(-1))
-        values, ids = logits.topk(k, dim=-1) if k < logits.size(-1) else logits.sort(dim=-1, descending=True)  # (B, K)
+        values, ids = _best(logits, k) if k < logits.size(-1) else logits.sort(dim=-1, descending=True)  # (B, K)
         values = values / self.temperature
         if self.top_k is not None:
             rank = torch.arange(k, device=logits.device)
@@ -158,6 +159,20 @@ class _Group:
         if self.min_p is not None:
             p = torch.where(p >= self.min_p * p[:, :1], p, 0)
         return ids.gather(1, _invert(p, u).unsqueeze(1)).squeeze(1)
+
+
+def _best(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk(k) along rows (B, V): values and ids (B, k), best first. On CPUs from the k groups with the largest maxima.
+
+    The k largest lie in at most k groups, and those have the k largest maxima (32 rows, V = 8192, k = 50: TIMING).
+    """
+    rows, size = logits.shape
+    if logits.is_cuda or size % GROUP or size < 2 * GROUP * k:
+        return logits.topk(k)
+    groups = logits.view(rows, -1, GROUP)
+    best = groups.amax(-1).topk(k).indices  # (B, k)
+    values, at = groups.gather(1, best.unsqueeze(-1).expand(-1, -1, GROUP)).view(rows, -1).topk(k)
+    return values, best.gather(1, at // GROUP) * GROUP + at % GROUP
 
 
 def _invert(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ def main(cfg: Config) -> dict:
     # 4. loop ---------------------------------------------------------------------------------------------------------
     log = record.Record(root / "record.jsonl", stage=f"{cfg.source}_eval", config=cfg, main=rt.main)
     log.say(f"judging {path} by {', '.join(tasks)}")
-    engine = Engine(model, tokenizer, slots=cfg.batch_size)
+    engine = Engine(model, tokenizer, slots=cfg.batch_size, frozen=True)
     label = f"chat_eval_{step:06d}" + (f"_{'+'.join(names)}" if names else "")
     results = {}
     for name, task in tasks.items():

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_model import TOKENIZER, Scripted, ids_of, tiny_gpt
 
 from nanochat.engine import Engine
@@ -60,57 +58,6 @@ def test_chunked_prefill_equals_one_shot_pitfall_28():
         assert engine.forwards == -(-40 // chunk) + 7
         assert parts.ids == whole.ids
         torch.testing.assert_close(torch.tensor(parts.logprobs), torch.tensor(whole.logprobs), atol=1e-4, rtol=0)
-
-
-ACTIONS = st.one_of(
-    st.tuples(st.just("submit"), st.integers(1, 40), st.integers(1, 3), st.integers(1, 12)),
-    st.tuples(st.just("step"), st.integers(1, 4), st.just(0), st.just(0)),
-    st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0), st.just(0)),
-)
-
-
-def run_schedule(actions, slots, chunk, model=MODEL):
-    engine, sequences, seen = Engine(model, TOKENIZER, slots=slots, prefill_tokens=chunk), [], {}
-
-    def step():
-        events = engine.step()
-        assert len({id(event.sequence) for event in events}) <= slots
-        for event in events:
-            assert id(event.sequence) not in seen, "a token after the end"
-            if event.finished:
-                seen[id(event.sequence)] = event.finished
-
-    for kind, a, n, limit in actions:
-        if kind == "submit":
-            sequences += engine.submit(prompt(a, limit), Sampling(**{**vars(GREEDY), "max_tokens": limit}), n)
-        elif kind == "step":
-            for _ in range(a):
-                step()
-        elif sequences:
-            engine.cancel(sequences[a % len(sequences)])
-            seen.setdefault(id(sequences[a % len(sequences)]), "cancelled")
-    for _ in range(400):
-        if not engine.busy:
-            break
-        step()
-    assert not engine.busy and all(sequence.finished for sequence in sequences)
-    for sequence in sequences:
-        check_greedy(model, sequence.prompt.ids, sequence.tokens, sequence.logprobs)
-        if sequence.finished == "length":
-            assert len(sequence.tokens) == sequence.sampling.max_tokens
-
-
-@given(st.lists(ACTIONS, min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([1, 5, 16, 64]))
-@settings(max_examples=25, deadline=None)
-def test_any_schedule_of_joining_and_leaving_gives_the_same_replies_pitfall_26(actions, slots, chunk):
-    run_schedule(actions, slots, chunk)
-
-
-@pytest.mark.slow
-@given(st.lists(ACTIONS, min_size=1, max_size=40), st.integers(1, 8), st.sampled_from([1, 2, 5, 16, 33, 64]))
-@settings(max_examples=400, deadline=None)
-def test_thousands_of_steps_of_any_schedule_give_the_same_replies(actions, slots, chunk):
-    run_schedule(actions, slots, chunk)
 
 
 @pytest.mark.parametrize("changes", [{"n_kv_head": 4}, {"n_kv_head": 1}, {"n_layer": 2, "window_pattern": "1,L"}])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.sampling import Knobs, Sampling, child_seed, sample, uniform
+from nanochat.sampling import Knobs, Sampling, _best, child_seed, sample, uniform
 
 KINDS = [
     Sampling(temperature=0),
@@ -127,3 +127,10 @@ def test_every_wrong_parameter_is_named_at_once():
 def test_zero_top_k_is_off_and_a_string_is_one_stop():
     assert Sampling(top_k=0).top_k is None
     assert Sampling(stop="\n").stop == ("\n",)
+
+
+@pytest.mark.parametrize("rows,size,k", [(1, 8192, 50), (5, 8192, 64), (3, 8192, 65), (2, 320, 2), (2, 330, 2)])
+def test_the_best_of_groups_are_the_best_of_all(rows, size, k):
+    logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(size + k))
+    values, ids = _best(logits, k)
+    assert torch.equal(values, logits.topk(k).values) and torch.equal(logits.gather(1, ids), values)
