@@ -64,9 +64,7 @@ def test_more_schedules(plan):
 
 
 def test_the_random_schedules_meet_everything():
-    calls = Sampling(
-        temperature=3.0, top_k=4, max_tokens=70, seed=2, stop_tokens=()
-    )  # the model is fond of the calculator
+    calls = Sampling(temperature=3.0, top_k=4, max_tokens=70, seed=2, stop_tokens=())  # the calculator's, mostly
     plans = [schedules.random_schedule(seed) for seed in range(6)]
     plans += [schedules.Schedule(tuple(schedules.Request(text, 20, 4, calls) for text in range(3)), tokens=200)]
     counts = sum((schedules.run(plan, MODELS[plan.double]) for plan in plans), Counter())
