@@ -164,8 +164,8 @@ class _Group:
 def _best(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """topk(k) along rows (B, V): values and ids (B, k), best first. On CPUs from the k groups with the largest maxima.
 
-    The k largest lie in at most k groups, and those have the k largest maxima. (topk alone: 1.03 ms for 32 rows of 8192,
-    k = 50, one thread.)
+    The k largest lie in at most k groups, and those have the k largest maxima. topk alone takes 1.03 ms for 32 rows of
+    8192, k = 50, one thread.
     """
     rows, size = logits.shape
     if logits.is_cuda or size % GROUP or size < 2 * GROUP * k:
