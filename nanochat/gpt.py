@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.layer, self.head_dim = layer, config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
         self.c_v = Linear(config.n_embd, config.kv_dim)
@@ -157,7 +157,7 @@ class Attention(nn.Module):
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(min(VE_GATE_CHANNELS, config.n_embd), config.n_kv_head)
 
-    def forward(self, x, embedded, rope, window, attend):
+    def forward(self, x, embedded, rope, window, attend, cache):
         """x (B, T, C), embedded (B, T, Hkv D) or None, rope (cos, sin) -> (B, T, C)."""
         b, t, _ = x.shape
         q = self.c_q(x).view(b, t, -1, self.head_dim)  # (B, T, H, D)
@@ -167,7 +167,8 @@ class Attention(nn.Module):
             gate = VE_GATE_SCALE * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * embedded.view_as(v)
         q, k = norm(rotate(q, *rope)) * QK_SCALE, norm(rotate(k, *rope)) * QK_SCALE
-        return self.c_proj(attend(q, k, v, window).reshape(b, t, -1))
+        y = attend(q, k, v, window) if cache is None else cache.attend(self.layer, q, k, v, window)
+        return self.c_proj(y.reshape(b, t, -1))
 
 
 class MLP(nn.Module):
@@ -190,10 +191,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, x0, scales, embedded, rope, window, attend):
+    def forward(self, x, x0, scales, embedded, rope, window, attend, cache):
         """x, x0 (B, T, C), scales (resid_lambda, x0_lambda); the rest as for Attention -> (B, T, C)."""
         x = scales[0].to(x.dtype) * x + scales[1].to(x.dtype) * x0
-        x = x + self.attn(norm(x), embedded, rope, window, attend)
+        x = x + self.attn(norm(x), embedded, rope, window, attend, cache)
         return x + self.mlp(norm(x))
 
 
@@ -202,10 +203,10 @@ def run_block(block: Block, *arguments) -> torch.Tensor:
     return block(*arguments)
 
 
-def run_block_by_hand(block: Block, x, x0, scales, embedded, rope, window, attend) -> torch.Tensor:
+def run_block_by_hand(block: Block, x, x0, scales, embedded, rope, window, attend, cache) -> torch.Tensor:
     """The same by kernels/cpu_block.py, which has its own attention, where a gradient is wanted; else the block's."""
-    if not torch.is_grad_enabled():
-        return block(x, x0, scales, embedded, rope, window, attend)
+    if cache is not None or not torch.is_grad_enabled():
+        return block(x, x0, scales, embedded, rope, window, attend, cache)
     from nanochat.kernels import cpu_block
 
     a, m = block.attn, block.mlp
@@ -216,9 +217,9 @@ def run_block_by_hand(block: Block, x, x0, scales, embedded, rope, window, atten
     return cpu_block.run(x, x0, scales, embedded, rope, shape, [p if p is None else p.weight for p in parts])
 
 
-def smear(x, gate: Linear, scale) -> torch.Tensor:
-    """Mix a little of the previous token's embedding into each token's: x (B, T, C) -> (B, T, C)."""
-    previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+def smear(x, before, gate: Linear, scale) -> torch.Tensor:
+    """Mix a little of the previous token's embedding into each token's: x (B, T, C), before (B, 1, C) -> (B, T, C)."""
+    previous = torch.cat([before, x[:, :-1]], dim=1)
     return x + scale.to(x.dtype) * torch.sigmoid(gate(x[..., : gate.in_features])) * previous
 
 
@@ -339,14 +340,15 @@ class GPT(nn.Module):
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, ids, targets=None, reduction="mean", last_only=False, last=None):
+    def forward(self, ids, targets=None, cache=None, reduction="mean", last_only=False, last=None):
         """ids (B, T) int64 -> fp32 logits (B, T, V), or with targets (B, T; -1 = ignored) the fp32 cross-entropy loss.
 
+        cache: the new tokens stand behind those already in it (its contract: nanochat/prefix.py).
         reduction: "mean" over the scored targets, "sum", or "none" for (B, T) losses, 0 where ignored.
         last_only: only the logits of the last position, (B, 1, V). last (B,) or (B, K) int64: those of these positions
         of each row, (B, K, V), K = 1 for (B,).
         """
-        x = self.hidden(ids)
+        x = self.hidden(ids, cache)
         if targets is not None:
             return self._loss(x, targets, reduction)
         if last is not None:
@@ -361,18 +363,19 @@ class GPT(nn.Module):
         )
         return loss.view_as(targets) if reduction == "none" else loss
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, cache=None) -> torch.Tensor:
         """ids (B, T) -> the final normed hidden states (B, T, C) in the activations' dtype."""
-        rope = self._rope(ids)
+        rope = self._rope(ids, cache)
         dtype = self._activation_dtype()
         x = norm(self.transformer.wte(ids, dtype))
-        x = x0 = smear(x, self.smear_gate, self.smear_lambda)
+        before = torch.zeros_like(x[:, :1]) if cache is None else cache.previous(x).to(dtype)  # (B, 1, C)
+        x = x0 = smear(x, before, self.smear_gate, self.smear_lambda)
         middle = None
         run = self._run_again if self.recompute and torch.is_grad_enabled() else self.run_block
         for i, (block, window) in enumerate(zip(self.transformer.h, self.windows())):
             scales = self.resid_lambdas[i], self.x0_lambdas[i]
             embedded = self.value_embeds[str(i)](ids, dtype) if str(i) in self.value_embeds else None
-            x = run(block, x, x0, scales, embedded, rope, window, self.attend)
+            x = run(block, x, x0, scales, embedded, rope, window, self.attend, cache)
             if i == self.config.n_layer // 2:
                 middle = x
         return finish(x, middle, self.backout_lambda)
@@ -385,15 +388,16 @@ class GPT(nn.Module):
         stored = self.lm_head.weight.dtype
         return self.compute_dtype if stored == torch.float32 else stored
 
-    def _rope(self, ids):
-        """(cos, sin), each (1, T, 1, D/2); more tokens than the context are refused."""
-        length, limit = ids.size(1), self.config.sequence_len
-        if length > limit:
-            raise UserError(
-                f"{length} tokens do not fit the model's context of {limit}: "
-                "shorten the text, or train with a longer --max-seq-len."
-            )
-        return self.rope[:, None, :length, None].to(self._activation_dtype()).unbind(0)
+    def _rope(self, ids, cache):
+        """(cos, sin), each (1|B, T, 1, D/2), of the tokens' absolute positions; one past the context is refused."""
+        limit, dtype = self.config.sequence_len, self._activation_dtype()
+        if cache is None:
+            _check_position(ids.size(1), limit)
+            return self.rope[:, None, : ids.size(1), None].to(dtype).unbind(0)
+        positions = cache.positions(*ids.shape)  # (B, T)
+        if positions.device.type == "cpu":  # elsewhere the engine, which knows the lengths on the host, has checked
+            _check_position(int(positions.max()) + 1, limit)
+        return self.rope[:, positions.to(self.rope.device)].unsqueeze(-2).to(dtype).unbind(0)
 
     @torch.no_grad()
     def generate_naive(self, ids, max_tokens: int, temperature=1.0, top_k=None, seed=42) -> Iterator[int]:
@@ -411,6 +415,14 @@ class GPT(nn.Module):
                 new = logits.argmax(-1, keepdim=True)
             row = torch.cat([row, new], dim=1)
             yield int(new)
+
+
+def _check_position(length: int, limit: int) -> None:
+    if length > limit:
+        raise UserError(
+            f"{length} tokens do not fit the model's context of {limit}: "
+            "shorten the text, or train with a longer --max-seq-len."
+        )
 
 
 def _loss_module():

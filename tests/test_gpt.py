@@ -1,4 +1,4 @@
-"""The model: shape and names, first values, causality, precision, and the loss without logits."""
+"""The model: shape and names, first values, causality, the cached forward, precision, and the loss without logits."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ import torch
 from tiny_model import tiny_gpt
 from torch.nn import functional as F
 
+from nanochat import attention
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig, norm, rotate
 from nanochat.kernels import loss
@@ -31,6 +32,39 @@ def build(config=SMALL, seed=0, **options):
 
 def tokens(rows=2, length=40, seed=1, config=SMALL):
     return torch.randint(config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class DenseCache:
+    """The cache contract in its simplest form: rows of one length, keys and values concatenated."""
+
+    def __init__(self):
+        self.length, self.kv, self.last = 0, {}, None
+
+    def positions(self, rows, new):
+        return torch.arange(self.length, self.length + new).expand(rows, new)
+
+    def previous(self, x):
+        before = torch.zeros_like(x[:, :1]) if self.last is None else self.last
+        self.last = x[:, -1:]
+        return before
+
+    def attend(self, layer, q, k, v, window):
+        if layer in self.kv:
+            k, v = (torch.cat([old, new], dim=1) for old, new in zip(self.kv[layer], (k, v)))
+        self.kv[layer] = (k, v)
+        return attention.reference(q, k, v, window)
+
+    def advance(self, new):
+        self.length += new
+
+
+def cached_logits(model, ids, pieces):
+    cache, out, start = DenseCache(), [], 0
+    for size in pieces:
+        out.append(model(ids[:, start : start + size], cache=cache))
+        cache.advance(size)
+        start += size
+    return torch.cat(out, dim=1)
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
@@ -239,9 +273,53 @@ def test_more_tokens_than_the_context_are_refused_pitfall_27():
     model = build()
     with pytest.raises(UserError, match="49 tokens do not fit the model's context of 48"):
         model(tokens(1, 49))
+    cache = DenseCache()
+    model(tokens(1, 48), cache=cache)
+    cache.advance(48)
+    with pytest.raises(UserError, match="49 tokens do not fit"):
+        model(tokens(1, 1), cache=cache)
 
 
-# ---- wanted positions -----------------------------------------------------------------------------------------------
+# ---- cached forward -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [[40], [39, 1], [1] * 40, [7, 13, 1, 1, 18], [1, 39], [20, 20]])
+def test_prefill_in_chunks_and_decoding_equal_one_shot_pitfall_28(pieces):
+    model = build()
+    with torch.no_grad():
+        model.smear_lambda.fill_(0.9)
+        torch.testing.assert_close(cached_logits(model, tokens(), pieces), model(tokens()), atol=1e-4, rtol=1e-4)
+
+
+class RaggedCache(DenseCache):
+    """Decoding rows of different lengths: each row's keys are its own, kept in a list."""
+
+    def __init__(self, caches):
+        self.caches = caches
+
+    def positions(self, rows, new):
+        return torch.cat([cache.positions(1, new) for cache in self.caches])
+
+    def previous(self, x):
+        return torch.cat([cache.previous(x[b : b + 1]) for b, cache in enumerate(self.caches)])
+
+    def attend(self, layer, q, k, v, window):
+        rows = [cache.attend(layer, *(z[b : b + 1] for z in (q, k, v)), window) for b, cache in enumerate(self.caches)]
+        return torch.cat(rows)
+
+
+def test_rows_of_different_lengths_decode_together():
+    model, lengths = build(), [3, 11, 1]
+    with torch.no_grad():
+        caches = [DenseCache() for _ in lengths]
+        for cache, length in zip(caches, lengths):
+            model(tokens(1, length, seed=length), cache=cache)
+            cache.advance(length)
+        new = tokens(3, 1, seed=9)
+        logits = model(new, cache=RaggedCache(caches))
+        for b, length in enumerate(lengths):
+            whole = torch.cat([tokens(1, length, seed=length), new[b : b + 1]], dim=1)
+            torch.testing.assert_close(logits[b, 0], model(whole)[0, -1], atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_wanted_positions_reach_the_head_pitfall_18():
