@@ -6,12 +6,14 @@
 
 Needs a trained checkpoint (scripts.chat_sft). Any machine: on 2 CPU cores a depth-4 model writes several hundred tokens
 a second. Ctrl-C stops an answer, not the program; Ctrl-D leaves. A chat longer than the model's context loses its
-oldest whole turns. What the calculator was asked, and its answer, are shown faintly in brackets.
+oldest whole turns. What the calculator was asked, and its answer, are shown faintly in brackets. /help tells how to
+change the sampler, save the conversation and write several lines; what you typed is remembered for the next time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -19,21 +21,30 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 
-from nanochat import attention, chat, checkpoint, cli, runtime
+from nanochat import attention, chat, checkpoint, cli, paths, runtime
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling
 from nanochat.serve import prompts
 from nanochat.streaming import ReplyStream
 
+QUOTES = '"""'
 FAINT, PLAIN = "\033[2m", "\033[0m"
 OPEN = {"text": "", "python": "[", "python_output": " = "}
-HELP = """quit, exit or Ctrl-D leave; clear begins a new conversation; Ctrl-C stops an answer."""
+SETTABLE = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "seed": int, "max_tokens": int}
+HELP = """quit, exit or Ctrl-D leave; clear begins a new conversation; Ctrl-C stops an answer; /help tells the rest."""
+COMMANDS = """\
+/set NAME VALUE   how answers are drawn: temperature, top_k, top_p, min_p, seed, max_tokens; /set alone shows them
+/save [FILE]      the conversation as JSON, in the form that training reads
+/again            another answer to the last question
+A line that ends with \\ goes on in the next one; a line of three quotes begins and ends a text of several lines."""
+HISTORY, HISTORY_LINES = "chat_cli_history", 1000  # in the artefact folder, for your eyes only (mode 600)
 
 
 def flag(*aliases: str):
@@ -126,62 +137,132 @@ class Interrupt:
             signal.signal(signal.SIGINT, before)
 
 
-def answer(engine: Engine, ids: list[int], sampling: Sampling, screen: Screen, interrupt: Interrupt) -> list[int]:
-    """Stream the reply to `ids` onto the screen -> its ids; Ctrl-C ends it early."""
+def answer(
+    engine: Engine, ids: list[int], sampling: Sampling, screen: Screen, interrupt: Interrupt, rate: bool = False
+) -> list[int]:
+    """Stream the reply to `ids` onto the screen -> its ids; Ctrl-C ends it early. rate: tell the tokens a second."""
     stream, [sequence] = ReplyStream(engine.tokenizer), engine.submit(ids, sampling)
+    first = None
     with interrupt.watching():
         while not sequence.finished and not interrupt.pressed:
             for event in engine.step():
+                first = first or time.perf_counter()
                 for piece in stream.feed(event.token):
                     screen.write(*piece)
         engine.cancel(sequence)
     for piece in stream.end():
         screen.write(*piece)
-    notes = {"cancelled": "stopped", "length": f"cut after {len(sequence.tokens)} tokens: -m allows more"}
-    screen.end(notes.get(sequence.finished, ""))
+    made = len(sequence.tokens)
+    notes = {"cancelled": "stopped", "length": f"cut after {made} tokens: -m allows more"}
+    note = [notes[sequence.finished]] if sequence.finished in notes else []
+    if rate and first is not None and made > 1:
+        note.append(f"{made} tokens, {(made - 1) / max(1e-9, time.perf_counter() - first):.0f} tok/s")
+    screen.end("; ".join(note))
     return sequence.tokens
+
+
+class Talk:
+    """A conversation, and how its answers are drawn."""
+
+    def __init__(self, engine: Engine, cfg: Config, screen: Screen):
+        self.engine, self.cfg, self.screen = engine, cfg, screen
+        self.interrupt, self.messages, self.turns = Interrupt(), [], 0
+
+    def say(self, text: str) -> None:
+        """Ask something; a question without an answer is forgotten."""
+        before, self.messages = self.messages, [*self.messages, {"role": "user", "content": text}]
+        reply = self._answer()
+        self.messages = [*self.messages, {"role": "assistant", "content": reply}] if reply else before
+
+    def _answer(self) -> list:
+        """The parts of an answer to the last message; none if it is refused, and why is shown."""
+        self.screen.out.write("\nAssistant: ")
+        self.screen.out.flush()
+        sampling = self.cfg.sampling(self.turns)
+        self.turns += 1
+        try:
+            prompt = prompts.fit(self.messages, self.engine.tokenizer, self.engine.max_len, sampling.max_tokens)
+        except UserError as error:
+            self.screen.note(str(error))
+            return []
+        if prompt.dropped:
+            self.screen.note(f"(the oldest {prompt.dropped} messages no longer fit the context)")
+        ids = answer(self.engine, prompt.ids, sampling, self.screen, self.interrupt, rate=True)
+        return chat.parse_reply(ids, self.engine.tokenizer)
+
+    def command(self, line: str) -> None:
+        """Do what a line that begins with / says."""
+        name, *words = line.split()
+        try:
+            if name == "/set":
+                self._set(words)
+            elif name == "/save":
+                self._save(words)
+            elif name == "/again" and self.messages:
+                text = self.messages[-2]["content"]
+                self.messages = self.messages[:-2]
+                self.say(text)
+            elif name in ("/clear", "/new"):
+                self.clear()
+            else:
+                self.screen.note(COMMANDS)
+        except (UserError, OSError) as error:
+            self.screen.note(str(error))
+
+    def clear(self) -> None:
+        """Forget all that was said."""
+        self.messages = []
+        self.screen.note("A new conversation.")
+
+    def _set(self, words: list[str]) -> None:
+        if words and (len(words) != 2 or words[0] not in SETTABLE):
+            raise UserError(f"/set takes one of {', '.join(SETTABLE)}, and its value.")
+        if words:
+            try:
+                value = SETTABLE[words[0]](words[1])
+            except ValueError:
+                raise UserError(f"{words[0]} can't be {words[1]!r}: give a number.") from None
+            changed = dataclasses.replace(self.cfg, **{words[0]: value})
+            changed.sampling()
+            self.cfg = changed
+        self.screen.note(", ".join(f"{name} {getattr(self.cfg, name)}" for name in SETTABLE))
+
+    def _save(self, words: list[str]) -> None:
+        if not self.messages:
+            raise UserError("There is nothing to save yet: say something first.")
+        path = Path(" ".join(words) or time.strftime("chat_%Y-%m-%d_%H%M%S.json")).expanduser()
+        paths.write_json(path, {"messages": self.messages})
+        self.screen.note(f"Saved to {path}.")
 
 
 def converse(engine: Engine, cfg: Config, screen: Screen) -> int:
     """Ask and answer until the user leaves -> how many answers were given."""
-    messages, turns, interrupt = [], 0, Interrupt()
+    talk = Talk(engine, cfg, screen)
     screen.note(HELP)
     while (text := ask(screen)) is not None:
         if text.lower() == "help":
-            screen.note(HELP)
+            screen.note(f"{HELP}\n{COMMANDS}")
         elif text.lower() == "clear":
-            messages = []
-            screen.note("A new conversation.")
+            talk.clear()
+        elif text.startswith("/"):
+            talk.command(text)
         elif text:
-            before, messages = messages, [*messages, {"role": "user", "content": text}]
-            reply = take_turn(engine, cfg.sampling(turns), messages, screen, interrupt)
-            messages = [*messages, {"role": "assistant", "content": reply}] if reply else before
-            turns += 1
-    return turns
-
-
-def take_turn(engine: Engine, sampling: Sampling, messages: list[dict], screen: Screen, interrupt: Interrupt) -> list:
-    """Answer the last message -> the reply's parts; empty if there is none, and why is shown."""
-    try:
-        prompt = prompts.fit(messages, engine.tokenizer, engine.max_len, sampling.max_tokens)
-    except UserError as error:
-        screen.note(str(error))
-        return []
-    if prompt.dropped:
-        screen.note(f"(the oldest {prompt.dropped} messages no longer fit the context)")
-    return chat.parse_reply(answer(engine, prompt.ids, sampling, screen, interrupt), engine.tokenizer)
+            talk.say(text)
+    return talk.turns
 
 
 def ask(screen: Screen) -> str | None:
-    """The user's next line, stripped; None when they leave."""
+    """What the user types next, stripped; None when they leave."""
     try:
-        text = input("\nUser: ").strip()
-        if text.lower() in ("quit", "exit"):
-            return None
-        if text and text.lower() not in ("clear", "help"):
-            screen.out.write("\nAssistant: ")
-            screen.out.flush()
-        return text
+        line = input("\nUser: ")
+        if line.strip() == QUOTES:
+            return block().strip()
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(input("... "))
+        text = "\n".join(lines).strip()
+        return None if text.lower() in ("quit", "exit") else text
     except EOFError:
         screen.out.write("\n")
         return None
@@ -189,6 +270,34 @@ def ask(screen: Screen) -> str | None:
         screen.out.write("\n")
         screen.note("Ctrl-D or exit leaves.")
         return ""
+
+
+def block() -> str:
+    """Lines up to one of three quotes."""
+    lines = []
+    while (line := input("... ")).strip() != QUOTES:
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def history() -> Iterator[None]:
+    """Line editing, and what was typed in earlier talks, where the machine has readline and a terminal."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    path = paths.base_dir() / HISTORY
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.touch(mode=0o600)
+            readline.write_history_file(path)
 
 
 def load_engine(cfg: Config) -> tuple[Engine, str]:
@@ -225,10 +334,9 @@ def main(cfg: Config) -> dict:
         seconds = time.perf_counter() - begin
         return {"reply": chat.parse_reply(ids, engine.tokenizer), "tokens": len(ids), "seconds": seconds}
     # 3. a conversation -----------------------------------------------------------------------------------------------
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing and history)
     screen.note(f"nanochat: {name}")
-    return {"turns": converse(engine, cfg, screen)}
+    with history() if sys.stdin.isatty() else contextlib.nullcontext():
+        return {"turns": converse(engine, cfg, screen)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
 Needs a trained checkpoint (scripts.chat_sft). Requests are batched token by token, so many people share a device; a
 reader that leaves is dropped within a token; the turns of a chat go where the beginning is still known. On a CPU -n is
-the number of processes, of one thread each if there are several. Without --host only this machine can connect. The key
+the number of processes, which share the cores but one. Without --host only this machine can connect. The key
 can also come from the environment variable NANOCHAT_API_KEY. No text of a conversation is logged unless --log-text.
 SIGTERM and Ctrl-C let running replies finish for --drain seconds; a second one ends at once.
 """
@@ -21,7 +21,7 @@ from typing import Annotated
 
 import tyro
 
-from nanochat import checkpoint, cli, runtime
+from nanochat import checkpoint, cli, hardware, runtime
 from nanochat.errors import refuse
 from nanochat.sampling import Sampling
 from nanochat.serve import server
@@ -77,8 +77,8 @@ class Config:
         return Settings(self.sampling(), key, local, self.deadline, at_once, per_minute, self.log_text)
 
     def threads(self) -> int:
-        """Of each engine process on a CPU; 0: as torch chooses."""
-        return 1 if self.num_gpus * len(self.sources()) > 1 else 0
+        """Of each engine process on a CPU: the front keeps a core, for threads that wait for each other stop all."""
+        return max(1, (hardware.cores() - 1) // (self.num_gpus * len(self.sources())))
 
     def sources(self) -> list[str]:
         """The kinds of checkpoint."""

@@ -1,8 +1,10 @@
 """The terminal chat: whole characters, tool steps, limits, Ctrl-C, and sentences for mistakes."""
 
 import io
+import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_model import TOKENIZER, Scripted, ids_of, save_checkpoint, tiny_gpt
 
-from nanochat import cli
+from nanochat import chat, cli
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from scripts import chat_cli
@@ -215,10 +217,74 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_pitfall_30(base_dir):
         terminal.wait_for("Assistant: ")
         time.sleep(0.3)
         terminal.process.send_signal(signal.SIGINT)  # during the answer
-        assert "(stopped)" in terminal.wait_for("User: ")
+        assert "(stopped" in terminal.wait_for("User: ")
         assert terminal.process.poll() is None
         terminal.type("exit\n")
         assert terminal.process.wait(20) == 0
     finally:
         terminal.process.kill()
         os.close(terminal.master)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_set_changes_how_answers_are_drawn_and_refuses_nonsense(says, monkeypatch, capsys):
+    engine, seen = says("Yes."), []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda ids, sampling: seen.append(sampling) or submit(ids, sampling))
+    lines = [
+        "/set",
+        "/set temperature 0.25",
+        "one",
+        "/set top_k x",
+        "/set top_p 7",
+        "/set colour red",
+        "/set seed 3",
+        "two",
+    ]
+    out, _ = talk(monkeypatch, capsys, lines)
+    assert [(s.temperature, s.top_k, s.top_p, s.seed) for s in seen] == [(0.25, 50, None, None), (0.25, 50, None, 4)]
+    assert "temperature 0.6, top_k 50" in out and "give a number" in out and "takes one of" in out and "above 0" in out
+
+
+def test_a_conversation_is_saved_in_the_form_that_training_reads(says, monkeypatch, capsys, tmp_path):
+    says("It is «2*3»xxx6!.")
+    path = tmp_path / "a talk.json"
+    out, _ = talk(monkeypatch, capsys, ["/save", "Hi", f"/save {path}", "/save /no/such/folder/x.json"])
+    assert "say something first" in out and f"Saved to {path}" in out and "/no" in out
+    conversation = json.loads(path.read_text())
+    assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
+    chat.render(conversation, TOKENIZER)  # it is one
+
+
+def test_again_answers_the_same_question(says, monkeypatch, capsys):
+    engine, seen = says("Yes."), []
+    monkeypatch.setattr(engine, "check", lambda ids, n=1: seen.append(list(ids)))
+    out, result = talk(monkeypatch, capsys, ["/again", "one", "/again", "/nonsense"])
+    assert result == {"turns": 2} and seen[0] == seen[1] and out.count(chat_cli.COMMANDS) == 2
+
+
+def test_several_lines_make_one_message(says, monkeypatch, capsys):
+    engine, seen = says("Yes."), []
+    monkeypatch.setattr(engine, "check", lambda ids, n=1: seen.append(TOKENIZER.decode(ids)))
+    talk(monkeypatch, capsys, ["one\\", "two\\", "three", '"""', "  a", "", "quit", '"""'])
+    assert "one\ntwo\nthree<|user_end|>" in seen[0] and "<|user_start|>a\n\nquit<|user_end|>" in seen[1]
+
+
+def test_the_rate_is_shown_in_a_conversation(says, monkeypatch, capsys):
+    says("Hello you.")
+    out, _ = talk(monkeypatch, capsys, ["Hi"])
+    assert re.search(r"Hello you \(9 tokens, \d+ tok/s\)", out)
+
+
+def test_what_was_typed_is_remembered_for_its_owner_alone(base_dir):
+    readline = pytest.importorskip("readline")
+    with chat_cli.history():
+        readline.clear_history()
+        readline.add_history("something typed")
+    readline.clear_history()
+    path = base_dir / chat_cli.HISTORY
+    assert path.stat().st_mode & 0o777 == 0o600
+    with chat_cli.history():
+        assert readline.get_history_item(1) == "something typed"

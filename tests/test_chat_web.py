@@ -490,7 +490,9 @@ def test_the_script_serves_a_checkpoint_on_loopback(base_dir, monkeypatch, capsy
     chat_web.main(chat_web.Config(port=8123, source="sft,rl", num_gpus=2))
     assert seen["host"] == "127.0.0.1" and seen["port"] == 8123
     assert seen["pool"].models == ["nanochat-sft-d3", "nanochat-rl-d3"]
-    assert [worker.order["threads"] for worker in seen["pool"].workers] == [1, 1, 1, 1]
+    assert len(seen["pool"].workers) == 4
+    monkeypatch.setattr(chat_web.hardware, "cores", lambda: 16)
+    assert chat_web.Config().threads() == 15 and chat_web.Config(num_gpus=2, source="sft,rl").threads() == 3
     assert "nanochat-sft-d3, nanochat-rl-d3 at http://localhost:8123" in capsys.readouterr().out
     chat_web.main(chat_web.Config(host="0.0.0.0"))
     assert "anyone" in capsys.readouterr().out
