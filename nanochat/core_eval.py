@@ -284,7 +284,7 @@ def score_shared(model, rows: Sequence[Row], groups: Sequence[int], pad: int, de
     model(_padded([some[0].ids[:n] for some, n in zip(members, common)], pad, device), cache=prefixes, last_only=True)
     owners = [i for i, some in enumerate(members) for _ in some]
     endings = [Row(row.ids[n:], row.start - n) for some, n in zip(members, common) for row in some]
-    return score(model, endings, pad, device, cache=Endings(prefixes, owners))
+    return score(model, endings, pad, device, cache=Endings(prefixes, owners, model.config.sequence_len))
 
 
 def verdict(spec: Spec, item: dict, losses: list[float], hits: list[bool]) -> bool:

@@ -34,15 +34,18 @@ class Prefixes:
 
 
 class Endings:
-    """The second: model(ids (B, T), cache=Endings(prefixes, owners)). owners: the item that each row belongs to."""
+    """The second: model(ids (B, T), cache=Endings(prefixes, owners, context)). owners: the item of each row.
 
-    def __init__(self, prefixes: Prefixes, owners: list[int]):
-        self.prefixes, self.owners = prefixes, torch.tensor(owners)
+    Short endings are padded to the longest; where that would lie past the context, a position of the context stands in.
+    """
+
+    def __init__(self, prefixes: Prefixes, owners: list[int], context: int):
+        self.prefixes, self.owners, self.context = prefixes, torch.tensor(owners), context
         self.before = prefixes.lengths[self.owners].unsqueeze(1)  # (B, 1)
         self.masks: dict[int, torch.Tensor] = {}
 
     def positions(self, rows: int, new: int) -> torch.Tensor:
-        return self.before + torch.arange(new)
+        return (self.before + torch.arange(new)).clamp(max=self.context - 1)
 
     def previous(self, x: torch.Tensor) -> torch.Tensor:
         return self.prefixes.last[self.owners.to(x.device)].unsqueeze(1)
