@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nanochat import checkpoint, gpt, paths
+from nanochat import checkpoint, gpt, paths, saving
 from nanochat.errors import UserError
 from nanochat.export import tokenizer_json
 from nanochat.gpt import GPTConfig
@@ -132,7 +132,7 @@ def read(folder: Path | str, stage: str | None = None, tag: str | None = None) -
         raise UserError(f"{root} has checkpoints already: give another name with --model-tag.")
     kept = {name: value for name, value in meta.items() if name not in ("format", "step", "world")}
     kept |= {"stage": stage or meta["stage"], "imported_from": folder.name}
-    return checkpoint.save(root, meta["step"], model=model, meta=kept, runtime=Runtime.single())
+    return saving.save(root, meta["step"], model=model, meta=kept, runtime=Runtime.single())
 
 
 def _install(tokenizer: Tokenizer) -> None:
