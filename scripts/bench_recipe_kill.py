@@ -87,6 +87,14 @@ class Recipe:
         heads = [line[3:].split(": ", 1) for line in self.lines() if line.startswith("== ")]
         return [name for name, what in heads if what != "done before"]
 
+    def ends_within(self, seconds: float) -> bool:
+        """Wait so long, or until the recipe ends by itself: whether it did."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def kill(self, signum: int) -> int:
         """Hit the whole group and wait; what is left after a minute is killed. Returns the recipe's exit status."""
         os.killpg(self.process.pid, signum)
@@ -131,8 +139,7 @@ def disturbed(base: Path, plan: list[tuple[str, float, int]], cfg: Config) -> tu
         before = recipe.stages().count(stage)
         while recipe.process.poll() is None and recipe.stages().count(stage) <= before:
             time.sleep(0.1)
-        time.sleep(delay)
-        ended = recipe.process.poll() is not None
+        ended = recipe.ends_within(delay)
         status = recipe.process.returncode if ended else recipe.kill(signum)
         told.append({"stage": stage, "seconds": round(delay, 2), "signal": signal.Signals(signum).name,
                      "in": (recipe.stages() or [""])[-1], "status": status})  # fmt: skip
