@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictBool, StrictInt, StrictStr
 
 from nanochat import chat
 from nanochat.errors import UserError, refuse
@@ -32,6 +32,11 @@ def told(kind: Any, low: float, high: float) -> Any:
     return Annotated[kind, Field(json_schema_extra={"minimum": low, "maximum": high})]
 
 
+def few(kind: Any, most: int) -> Any:
+    """A list that is given up at its first fault or its end: a fault for each of 300,000 items would take a minute."""
+    return Annotated[list[kind], Field(max_length=most), FailFast()]
+
+
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = told(Number, 0, 1)
 Temperature = told(Number, 0, MAX_TEMPERATURE)
@@ -50,15 +55,15 @@ class Part(Body):
 
     type: Literal["text", "python", "python_output"]
     text: StrictStr
-    ids: list[StrictInt] | None = None
+    ids: few(StrictInt, 2 * MAX_TOKENS) | None = None
 
 
 class Message(Body):
     """One message of a conversation. `parts`: a reply as this server gave it, used if it says what `content` says."""
 
     role: StrictStr
-    content: StrictStr | list[Part]
-    parts: list[Part] | None = None
+    content: StrictStr | few(Part, 4 * MAX_PARTS)
+    parts: few(Part, 4 * MAX_PARTS) | None = None
 
     def size(self) -> int:
         """Its characters."""
@@ -118,7 +123,7 @@ class Draw(Body):
     top_p: Share | None = None
     min_p: Share | None = None
     seed: Seed | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | few(StrictStr, 1000) | None = None
 
     def problems(self) -> list[str]:
         """Everything that is out of bounds, a sentence each."""
@@ -171,7 +176,7 @@ def _within(x: float | None, low: float, high: float) -> bool:
 class Ask(Draw):
     """The body of POST /chat/completions, the published form, with what our page asks besides."""
 
-    messages: list[Message]
+    messages: few(Message, 4 * MAX_MESSAGES)
     logprobs: told(StrictInt, 0, MAX_TOP_LOGPROBS) = 0  # so many alternatives come with every token
     html: StrictBool = False  # the reply also as safe HTML, block by block
 
@@ -183,7 +188,7 @@ class Ask(Draw):
 class RenderAsk(Body):
     """The body of POST /render: messages to show as safe HTML."""
 
-    messages: list[list[Part]]
+    messages: few(few(Part, 4 * MAX_PARTS), 4 * MAX_MESSAGES)
 
     def check(self) -> list[list[dict]]:
         """Their parts as dicts. UserError: too much at once."""
@@ -240,7 +245,7 @@ class OpenAIDraw(Draw):
 class ChatAsk(OpenAIDraw):
     """The body of POST /v1/chat/completions: OpenAI's, with our top_k and min_p."""
 
-    messages: list[Message]
+    messages: few(Message, 4 * MAX_MESSAGES)
     max_completion_tokens: Length | None = None
     logprobs: StrictBool | None = None
     top_logprobs: told(StrictInt, 0, MAX_TOP_LOGPROBS) | None = None
@@ -271,7 +276,9 @@ class ChatAsk(OpenAIDraw):
 class CompletionAsk(OpenAIDraw):
     """The body of POST /v1/completions: text, or token ids, to be continued."""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: (
+        StrictStr | few(StrictStr, MAX_CHARS) | few(StrictInt, MAX_CHARS) | few(few(StrictInt, MAX_CHARS), MAX_CHARS)
+    )
     max_tokens: told(StrictInt, 0, MAX_TOKENS) | None = None
     echo: StrictBool | None = None
     logprobs: told(StrictInt, 0, MAX_TOP_LOGPROBS) | None = None

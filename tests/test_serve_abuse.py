@@ -1,0 +1,65 @@
+"""Hostile requests, a short version of scripts.bench_abuse: no 5xx, nothing without an end, no growth."""
+
+import gc
+
+import pytest
+from pydantic import ValidationError
+from serve_rig import serving, until
+
+from nanochat.serve import asks, server
+from scripts import bench_abuse
+
+
+@pytest.fixture(scope="module")
+def rig():
+    """A server that says "Hey!" to everything."""
+    with serving("Hey!.", queue=64) as rig:
+        yield rig
+
+
+def port_of(rig):
+    """The rig's port."""
+    return int(rig.url.rsplit(":", 1)[1])
+
+
+def test_dawdlers_half_closed_and_many_connects_leave_nothing_behind(rig, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 1.0)
+    port, state = port_of(rig), rig.uvicorn.server_state
+    tasks = len(state.tasks)
+    gc.collect()
+    assert bench_abuse.attack_dawdling(port, 20, seconds=4)["left"] == 0
+    assert "None" not in bench_abuse.attack_half_closed(port, 10)
+    assert bench_abuse.attack_connects(port, 300, together=100) == {"opened": 300, "refused": 0}
+    until(lambda: not state.connections and len(state.tasks) == tasks and rig.load == 0, 10)
+    assert rig.desk.clients.seen["127.0.0.1"].replies == 0
+    assert not rig.pool.workers[0].tickets and not rig.threads[0].worker.replies
+
+
+def test_a_fault_in_each_of_many_items_costs_no_time():
+    body = {"messages": [1] * 300_000, "prompt": [None] * 300_000, "stop": [1] * 300_000}
+    for form in (asks.Ask, asks.ChatAsk, asks.CompletionAsk, asks.RenderAsk):
+        with pytest.raises(ValidationError) as error:
+            form.model_validate(body)
+        assert error.value.error_count() < 20
+
+
+def test_the_verdict_sees_each_fault():
+    good = {
+        "requests": [{"200": 1, "400": 5, "0": 2}],
+        "half_closed": {"200": 1},
+        "dawdlers": {"left": 0},
+        "others": {"broken": []},
+        "before": {"memory": 100.0, "files": 10.0},
+        "after": {"memory": 101.0, "files": 10.0},
+    }
+    assert bench_abuse.verdict(good) == []
+    for fault, words in (
+        ({"requests": [{"500": 1}]}, "500"),
+        ({"half_closed": {"None": 1}}, "None"),
+        ({"dawdlers": {"left": 1}}, "dawdlers"),
+        ({"others": {"broken": ["x"]}}, "harmed"),
+        ({"after": {"memory": 500.0, "files": 10.0}}, "grown"),
+        ({"schema": {"exit_status": 1}}, "schemathesis"),
+    ):
+        (found,) = bench_abuse.verdict({**good, **fault})
+        assert words in found
