@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanochat import cli, dataset, paths
+from nanochat import cli, dataset, manifest, paths
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer, tokenizer_path
 
@@ -107,6 +107,12 @@ def against_manifest(folder: Path, name: str, manifest: dict, checksums: bool) -
     return []
 
 
+def changed(folder: Path, checksums: bool) -> list[str]:
+    """What differs between a folder's shards and its manifest, a sentence each."""
+    listed, names = manifest.read(folder), sorted(path.name for path in folder.glob("*.parquet"))
+    return [problem for name in names for problem in against_manifest(folder, name, listed, checksums)]
+
+
 def round_trip(texts: list[str], tokenizer: Tokenizer) -> str | None:
     """What the tokenizer changed in one of these texts, or None."""
     for text, ids in zip(texts, tokenizer.encode(texts)):
@@ -154,7 +160,7 @@ def overlap(validation: Seen, training: Seen, lines: list[set[int]], met: set[in
     return {"documents": len(known), "whole": whole, "by_lines": partly, "with_long_lines": sum(map(bool, lines))}
 
 
-def verdict(shards: list[Shard], shared: dict, manifest: bool, tokenizer: bool) -> tuple[list[str], list[str]]:
+def verdict(shards: list[Shard], shared: dict, listed: bool, tokenizer: bool) -> tuple[list[str], list[str]]:
     """(problems, notes) over the whole corpus, a sentence each."""
     problems = [problem for shard in shards for problem in shard.problems]
     notes = [note for shard in shards for note in shard.notes]
@@ -171,7 +177,7 @@ def verdict(shards: list[Shard], shared: dict, manifest: bool, tokenizer: bool) 
     if shared["by_lines"] > shared["whole"]:
         text = f"{shared['by_lines']} validation documents share half of their long lines with training"
         (problems if shared["by_lines"] > 0.05 * max(shared["documents"], 1) else notes).append(f"{text}.")
-    if not manifest:
+    if not listed:
         notes.append("there is no manifest.json beside the shards, so their bytes could not be compared with it.")
     if not tokenizer:
         notes.append("there is no tokenizer yet: the round trip was not tried (python -m scripts.tok_train).")
@@ -188,10 +194,15 @@ def name_of(cfg: Config) -> str:
 def main(cfg: Config) -> dict:
     """Read, print, write; returns {"shards", "overlap", "problems", "notes"}. UserError: something must be mended."""
     began = time.perf_counter()
-    corpus = dataset.open_corpus(name_of(cfg), cfg.val_shard or None)
+    name = name_of(cfg)
+    damaged = changed(Path(name), cfg.checksums) if Path(name).is_dir() else []
+    if damaged:  # the corpus would not open
+        report([], damaged, [], time.perf_counter() - began)
+        raise UserError(f"{len(damaged)} files in {name} must be mended: they are listed above.")
+    corpus = dataset.open_corpus(name, cfg.val_shard or None)
     tokenizer = Tokenizer.load() if cfg.sample and tokenizer_path().exists() else None
     folder = getattr(corpus, "folder", None)
-    manifest = paths.read_json(folder / "manifest.json") if folder and (folder / "manifest.json").exists() else {}
+    listed = manifest.read(folder) if folder else {}
     most = 2 if cfg.shards == -1 and folder is None else cfg.shards
     count = len(corpus.shards("train")) if most == -1 else min(most, len(corpus.shards("train")))
     validation, training = Seen(), Seen()
@@ -201,11 +212,8 @@ def main(cfg: Config) -> dict:
     known = set().union(*lines) if lines else set()
     for index in tqdm(range(count), desc="shards", disable=None):
         shards.append(look(corpus, "train", index, tokenizer, cfg.sample, training, None, known, met))
-    if folder is not None:
-        for shard in shards:
-            shard.problems += against_manifest(folder, shard.name, manifest, cfg.checksums)
     shared = overlap(validation, training, lines, met)
-    problems, notes = verdict(shards, shared, bool(manifest) or folder is None, tokenizer is not None or not cfg.sample)
+    problems, notes = verdict(shards, shared, bool(listed) or folder is None, tokenizer is not None or not cfg.sample)
     report(shards, problems, notes, time.perf_counter() - began)
     result = {"dataset": corpus.name, "shards": [dataclasses.asdict(shard) for shard in shards], "overlap": shared,
               "problems": problems, "notes": notes}  # fmt: skip

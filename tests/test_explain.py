@@ -81,7 +81,7 @@ def test_the_drawing_names_both_sides():
         ("tinyworld", "nanochat.tinyworld"),
         ("report", "nanochat.report"),
         ("./nanochat/serve/api.py", "nanochat.serve.api"),
-        ("muon adamw", "nanochat.optim"),
+        ("muon adamw", "nanochat.rules"),
     ],
 )
 def test_a_module_is_found_by_name_path_or_words(words, name):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_model import TOKENIZER, save_checkpoint, tiny_gpt
 
-from nanochat import chat, checkpoint, record
+from nanochat import chat, checkpoint, paths, record
 from nanochat.errors import UserError
 from nanochat.export import gguf_file, graph, hub, parity, tokenizer_json
 from nanochat.tokenizer import Tokenizer
@@ -218,6 +218,13 @@ def test_pushing_needs_a_token_and_uploads_the_folder(folder, monkeypatch):
 def test_flags_that_make_no_sense_are_refused_at_once():
     with pytest.raises(UserError, match="2 things"):
         export.main(export.Config(format="pickle", push="a/b"))
+
+
+def test_the_exported_classes_are_those_of_the_modelling_file(folder):
+    from nanochat.export import modeling_nanochat_gpt as modeling
+
+    classes = paths.read_json(folder / "config.json")["auto_map"].values()
+    assert classes and all(hasattr(modeling, name.partition(".")[2]) for name in classes)
 
 
 def test_the_bench_finds_the_first_token_and_the_first_text_that_differ(folder):
