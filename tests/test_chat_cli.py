@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,8 @@ class Terminal:
         self.master, slave = pty.openpty()
         root = Path(__file__).resolve().parents[1]
         command = [sys.executable, "-m", "scripts.chat_cli", *args]
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=root)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore Ctrl-C
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=root, preexec_fn=heard)
         os.close(slave)
         self.text = ""
 
@@ -223,6 +225,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_pitfall_30(base_dir):
         assert terminal.process.wait(20) == 0
     finally:
         terminal.process.kill()
+        terminal.process.wait()
         os.close(terminal.master)
 
 

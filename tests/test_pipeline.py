@@ -231,8 +231,8 @@ def final_losses(base):
 def test_two_ranks_learn_what_one_learns_pitfall_14(here, torchrun, tmp_path):
     flags = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--window-pattern=L",
              "--total-batch-size=768", "--num-iterations=20", "--eval-tokens=1024", "--core-metric-every=-1",
-             "--sample-every=-1", "--compile=off", "--matrix-lr=0.005", "--embedding-lr=0.05",
-             "--scalar-lr=0.05"]  # fmt: skip
+             "--sample-every=-1", "--compile=off", "--matrix-lr=0.0015", "--embedding-lr=0.015",
+             "--unembedding-lr=0.002", "--scalar-lr=0.015"]  # fmt: skip
     curves, bpbs = {}, {}
     for world, rows in ((1, 4), (2, 2), (3, 4)):
         base = tmp_path / f"w{world}"
