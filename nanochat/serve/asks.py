@@ -298,6 +298,8 @@ class CompletionAsk(OpenAIDraw):
             wrong.append(f"prompt must be 1 to {MAX_PROMPTS} texts or lists of token ids, none of them empty.")
         if sum(map(len, prompts)) > MAX_CHARS:
             wrong.append(f"the prompts together are longer than {MAX_CHARS} characters or tokens.")
+        if any(not isinstance(prompt, str) and min(prompt, default=0) < 0 for prompt in prompts):
+            wrong.append("a token id of a prompt is negative.")
         if self.max_tokens == 0 and not self.echo:
             wrong.append("max_tokens may be 0 only with echo.")
         return wrong
