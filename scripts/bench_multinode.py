@@ -143,7 +143,7 @@ def train_on(hosts: Hosts, folder: Path, cfg: Config, kills: int) -> dict:
     killed = []
     try:
         while any(agent.poll() is None for agent in agents):
-            time.sleep(0.2)
+            time.sleep(0.05)
             if time.monotonic() - began > cfg.timeout:
                 raise UserError(f"the run hangs: see {logs[0]} and {logs[1]}.")
             if left and max(losses(bases[0]), default=0) >= left[0]:
