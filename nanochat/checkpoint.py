@@ -40,6 +40,13 @@ def folder(source: str) -> Path:
     return paths.base_dir() / FOLDERS[source]
 
 
+def run_folder(source: str, tag: str) -> Path:
+    """Where the checkpoints of one run live. UserError: the tag is not a plain name, so it could mean any place."""
+    if Path(tag).name != tag or tag == "..":
+        raise UserError(f"--model-tag={tag} is not a plain name: leave out slashes (NANOCHAT_BASE_DIR says where).")
+    return folder(source) / tag
+
+
 # --- finding ------------------------------------------------------------------------------------------------------
 
 
@@ -82,7 +89,7 @@ def guess_tag(source: str) -> str:
 def find(source: str, tag: str | None = None, step: int | None = None) -> Path:
     """The directory of a complete step: of this tag or the guessed one, this step or the newest."""
     tag = tag or guess_tag(source)
-    root = folder(source) / tag
+    root = run_folder(source, tag)
     steps = complete_steps(root)
     if not steps and is_old(root):
         raise UserError(

@@ -3,8 +3,13 @@
 A script is a thin door: `if __name__ == "__main__": cli.run(main, Config)`. All else is importable.
 """
 
+import contextlib
+import math
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanochat.errors import Stopped, UserError
@@ -20,23 +25,58 @@ def parse(config_class: type, argv: list[str] | None = None, description: str | 
     return tyro.cli(config_class, args=argv, description=description)
 
 
+def too_small(cfg: Any, auto: tuple[str, ...] = (), **least: float) -> list[str]:
+    """A sentence for each flag that is below its least value, or not finite; one named in `auto` may also be -1."""
+    found = []
+    for name, low in least.items():
+        value = getattr(cfg, name)
+        if not (isinstance(value, str) or low <= value < math.inf or name in auto and value == -1):
+            more = ", or -1" if name in auto else ""
+            found.append(f"--{name.replace('_', '-')}={value} must be {low} or more{more}.")
+    return found
+
+
+class _Terminated(SystemExit):
+    """SIGTERM, unwound like Ctrl-C so that nothing half written stays behind."""
+
+
+@contextlib.contextmanager
+def _unwinding_sigterm() -> Iterator[None]:
+    """SIGTERM raises. Not under torchrun: a rank that waits for another inside a collective must still die of it."""
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(_number: int, _frame: Any) -> None:
+        raise _Terminated(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(main: Callable[[Any], dict], config_class: type, argv: list[str] | None = None) -> None:
     """Parse, call `main(cfg)`, and leave with an exit status that a shell or scheduler can act on.
 
-    0: done. 1: a UserError, printed as one sentence. 2: a wrong flag. 128 + n: stopped by signal n, all saved.
+    0: done. 1: a UserError, printed as one sentence. 2: a wrong flag. 128 + n: stopped by signal n; what was saved is
+    whole.
     """
     description = (sys.modules[main.__module__].__doc__ or "").strip()
     try:
-        main(parse(config_class, argv, description))
+        with _unwinding_sigterm():
+            main(parse(config_class, argv, description))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
         print(str(stop), file=sys.stderr)
         sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        how, number = ("SIGTERM", signal.SIGTERM) if isinstance(stop, _Terminated) else ("Ctrl-C", signal.SIGINT)
+        print(f"stopped by {how}: what was saved is whole; run the same command again.", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def command(main: Callable) -> str:

@@ -155,7 +155,10 @@ def bundle(runtime: Runtime, path: str | Path | None = None) -> Bundle:
         try:
             paths.fetch(BUNDLE_URL, archive, BUNDLE_SHA256)
         except UserError as error:
-            problem = f"{error} CORE needs it: pass --bundle with a copy, or leave CORE out."
+            problem = (
+                f"{error} CORE needs it: point NANOCHAT_EVAL_BUNDLE at a copy, or leave CORE out "
+                "(--core-metric-every=-1 in training, --eval=bpb,sample in base_eval)."
+            )
     if (problem := runtime.broadcast(problem)) is not None:
         raise UserError(problem)
     return Bundle(archive)

@@ -119,7 +119,8 @@ def eval_batches(
     }
     limit = None if tokens is None else math.ceil(tokens / seq_len)
     stream = RowStream(mine, lanes, rank, world, tokenizer.bos, {}, None, limit)
-    return Feeder(stream.fill, rows, seq_len, device, prefetch)
+    total = None if limit is None else math.ceil(limit / (rows * world))
+    return Feeder(stream.fill, rows, seq_len, device, prefetch, total=total)
 
 
 def published_batches(
@@ -202,7 +203,8 @@ def conversation_eval_batches(
     }
     limit = None if tokens is None else math.ceil(tokens / seq_len)
     stream = RowStream(mine, lanes, rank, world, tokenizer.bos, {}, None, limit)
-    return Feeder(stream.fill, rows, seq_len, device, prefetch)
+    total = None if limit is None else math.ceil(limit / (rows * world))
+    return Feeder(stream.fill, rows, seq_len, device, prefetch, total=total)
 
 
 def merge_states(states: Iterable[dict]) -> dict:

@@ -56,6 +56,7 @@ class HubCorpus:
     repo: str
     train_shards: int
     folder: str  # below the artefact folder
+    revision: str = "main"  # where a first download begins: the commit if it is known
 
     def shard(self, index: int) -> str:
         """The file name of a shard."""
@@ -68,7 +69,9 @@ class HubCorpus:
 
 
 HUB = {
-    "climbmix": HubCorpus("karpathy/climbmix-400b-shuffle", 6542, "base_data_climbmix"),
+    "climbmix": HubCorpus(
+        "karpathy/climbmix-400b-shuffle", 6542, "base_data_climbmix", "915333b4f8b8684f39aeaafea600fea6f43fb703"
+    ),
     "fineweb-edu": HubCorpus("karpathy/fineweb-edu-100b-shuffle", 1822, "base_data"),
 }
 
@@ -349,7 +352,9 @@ def _checked(corpus: ParquetCorpus) -> ParquetCorpus:
                 raise UserError(f"{corpus.folder / name} is not a whole parquet file: {corpus.remedy}.")
     corpus.spans("train", 0)
     if not any(last > first for first, last in corpus.spans("val", 0)):
-        raise UserError(f"The validation shard {corpus.folder / corpus.files['val'][0]} is empty: choose another.")
+        raise UserError(
+            f"The validation shard {corpus.folder / corpus.files['val'][0]} is empty: name another with --val-shard."
+        )
     return corpus
 
 

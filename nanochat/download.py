@@ -2,9 +2,10 @@
 
 The validation shard always comes first; then training shards in order. A shard counts only when its size and SHA-256
 are those the hub states. Interrupted transfers go on where they stopped, in the same run or the next. The first run
-resolves the revision to a commit, writes it to `manifest.json` beside the shards with each file's size and checksum,
-and all later runs stay at that commit. HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub are honoured.
-Exit status 1 names the shards that failed; running the same command again goes on with just those.
+takes climbmix at a known commit and fineweb-edu, of which none is known, at its newest; the commit is written to
+`manifest.json` beside the shards with each file's size and checksum, and all later runs stay at it. HF_ENDPOINT,
+HF_TOKEN and the other variables of huggingface_hub are honoured. Exit status 1 names the shards that failed; running
+the same command again goes on with just those.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ class Config:
     num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4
     # climbmix or fineweb-edu
     dataset: str = "climbmix"
-    # branch, tag or commit on the hub; empty: the commit of an earlier download, else the newest
+    # branch, tag or commit on the hub; empty: the commit of an earlier download, else the known one, else the newest
     revision: str = ""
 
 
@@ -99,7 +100,7 @@ def _fetch(
 ) -> dict:
     hub = _Hub(source.repo, endpoint)
     manifest = _manifest(source, folder)
-    first = hub.first_look(names[0], revision or manifest["revision"] or "main")
+    first = hub.first_look(names[0], revision or manifest["revision"] or source.revision)
     if manifest["revision"] not in (None, first.commit):
         raise UserError(
             f"{folder} holds shards of commit {manifest['revision'][:12]} and --revision={revision} is another "

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from tqdm import tqdm
 
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
@@ -26,7 +27,8 @@ def bits_per_byte(model, batches: Iterable, token_bytes: torch.Tensor, runtime: 
     home = torch.device("cpu") if runtime.device.type == "mps" else runtime.device
     sizes = token_bytes.to(home)
     sums = torch.zeros(2, dtype=torch.float64, device=home)  # nats, bytes
-    for batch in batches:
+    total = getattr(batches, "total", None)
+    for batch in tqdm(batches, total=total, desc="bpb", leave=False, disable=None if runtime.main else True):
         losses = model(batch.inputs, batch.targets, reduction="none").flatten().to(home)  # (B T,)
         targets = batch.targets.flatten().to(home)
         counted = torch.where(targets >= 0, sizes[targets.clamp(min=0)], 0)

@@ -1,6 +1,7 @@
 """Where artefacts live, and writing them so that a file is either whole or absent."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a limit
 
 
 def base_dir() -> Path:
@@ -38,10 +41,16 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
-    """Yield a file under a temporary name beside `path`; on success fsync and rename, on any failure remove it."""
+    """Yield a file under a temporary name beside `path`; on success fsync and rename, on any failure remove it.
+
+    UserError: the disk is full, or the folder can't be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    except OSError as error:
+        raise UserError(_unwritable(path, error)) from error
     try:
         with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
@@ -50,10 +59,17 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
         os.chmod(name, 0o644)
         os.replace(name, path)
         sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError) and error.errno in (*FULL, errno.EROFS):
+            raise UserError(_unwritable(path, error)) from error
         raise
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    remedy = "free some space" if error.errno in FULL else "choose a place that can be written"
+    return f"{path} can't be written ({error.strerror}): {remedy} and run this again."
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -58,7 +58,7 @@ class Feeder(Iterator[Batch]):
 
     Ends when `fill` returns None. An error of the thread is raised here, at the batch it prevented. Close it, or use it
     in a `with`: closing waits for the batch being made and ends the thread; a closed feeder is at its end. `helper`
-    is a pool that `fill` uses, to be ended with the thread.
+    is a pool that `fill` uses, to be ended with the thread. `total` is for who wants to know: at most so many batches.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class Feeder(Iterator[Batch]):
         device: torch.device | str,
         prefetch: int = 2,
         helper: ThreadPoolExecutor | None = None,
+        total: int | None = None,
     ):
+        self.total = total
         self.device = torch.device(device)
         self._fill = fill
         self._helper = helper

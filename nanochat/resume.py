@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nanochat import checkpoint, dataloader, faults, nodes, record, saving, train
+from nanochat import checkpoint, cli, dataloader, faults, nodes, record, saving, train
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 
@@ -21,13 +21,21 @@ FREE = {
 }  # fmt: skip
 
 
+def problems(cfg: Any) -> list[str]:
+    """What is wrong with the flags that all stages of training have, a sentence each."""
+    off = ("eval_every", "save_every", "keep", "keep_every", "resume_from_step", "watchdog")
+    found = cli.too_small(cfg, off, **dict.fromkeys(off, 0))
+    if cfg.resume and cfg.resume_from_step >= 0:
+        found.append("give --resume or --resume-from-step, not both.")
+    return found
+
+
 def point(
     root: Path, resume: bool, step: int | None, runtime: Runtime
 ) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The checkpoint to go on from (None: start afresh) and a sentence for each one passed over. Collective."""
     if not resume and step is None:
-        aside = nodes.each(runtime, lambda: saving.set_aside(root) if root.is_dir() else None)
-        return None, [f"an earlier run of this name was moved to {aside}."] if aside else []
+        return None, []
     choice: dict[str, Any] = {"name": None, "notes": [], "error": ""}
     source = nodes.newest(root, step, runtime)
     if runtime.rank == source:
@@ -43,6 +51,20 @@ def point(
         raise UserError(choice["error"])
     found = checkpoint.load(nodes.fetch(root / choice["name"], runtime, source)) if choice["name"] else None
     return found, choice["notes"]
+
+
+def make_way(root: Path, found: checkpoint.Checkpoint | None, resume: bool, runtime: Runtime) -> list[str]:
+    """Set aside the checkpoints past the one gone on from, or all where nothing was to be resumed.
+
+    A later resume would take them for this run's. Called when nothing but the run itself can fail any more; a sentence
+    if something was moved. Collective.
+    """
+    if resume and not found:  # there is none, or none that is whole
+        return []
+    beyond = found.step if found else -1
+    aside = nodes.each(runtime, lambda: saving.set_aside(root, beyond) if root.is_dir() else None)
+    what = f"what was saved past step {beyond}" if found else "an earlier run of this name"
+    return [f"{what} was moved to {aside}."] if aside else []
 
 
 def conflicts(cfg: Any, saved: dict[str, Any]) -> list[str]:
@@ -95,7 +117,7 @@ class Progress:
 def restore(
     found: checkpoint.Checkpoint, model: Any, optimizer: Any, runtime: Runtime, deviations: float | None = None
 ) -> Progress:
-    """Put weights, moments and random state back, set later checkpoints aside, and say where the run stood.
+    """Put weights, moments and random state back, and say where the run stood.
 
     On another world size each rank begins a random state of its own, and the loader's states are merged.
     """
@@ -107,7 +129,6 @@ def restore(
     states = found.rank_states()
     if found.world == runtime.world:
         train.set_rng_state(states[runtime.rank]["rng"])
-    nodes.each(runtime, lambda: saving.set_aside(found.path.parent, beyond=found.step))
     meta, loaders = found.meta, [state.get("loader") for state in states]
     return Progress(
         train.Meter(**meta["meter"]), train.Scaler(**meta["scaler"]),
@@ -124,4 +145,5 @@ def roll_back(saver: saving.Saver, model: Any, optimizer: Any, at: Progress, run
         raise UserError(f"There is a spike ({at.spikes.why}) and no checkpoint to go back to: set --save-every.")
     at.spikes.rolled_back(found.step)
     back = restore(found, model, optimizer, runtime, at.spikes.deviations)
+    make_way(saver.root, found, True, runtime)
     return dataclasses.replace(back, spikes=at.spikes, loader=at.loader, scores=at.scores), found.step

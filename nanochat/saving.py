@@ -11,7 +11,6 @@ have failed, or when the last one has. What was saved before is never touched by
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -192,7 +191,7 @@ def write(root: Path, snap: Snapshot) -> dict:
 
 
 def _why(error: OSError, root: Path) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in paths.FULL
     remedy = "free some space or lower --keep" if full else "make it writable"
     what = "the disk is full" if full else f"{error.strerror or error}"
     return f"The checkpoint in {root} could not be saved ({what}): {remedy}; older ones are untouched."

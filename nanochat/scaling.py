@@ -185,6 +185,8 @@ def problems_with(values: dict) -> list[str]:
     for name in (*whole, *(n for n in optional if values[n] is not None)):
         if not values[name] > 0:
             found.append(f"{flag(name)}={values[name]} must be at least 1.")
+    if not found and values["head_dim"] % 2:
+        found.append(f"--head-dim={values['head_dim']} must be even: rotary positions turn pairs of channels.")
     overruled = values["num_iterations"] is not None or values["target_flops"] is not None
     if not (overruled or values["target_param_data_ratio"] > 0):
         found.append(f"--target-param-data-ratio={values['target_param_data_ratio']} must be above 0.")

@@ -112,11 +112,13 @@ class Tokenizer:
         try:
             content = read_json(path)
         except UserError as error:
-            raise UserError(f"The tokenizer file {path} is damaged or cut short: {REMEDY}.") from error
+            raise UserError(f"The tokenizer file {path} is damaged or cut short: restore it, or {REMEDY}.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
             raise UserError(f"{path} is not a {FORMAT} file of version {VERSION}: {REMEDY}.")
         if content.pop("sha256", None) != _digest(content):
-            raise UserError(f"The tokenizer file {path} was changed since it was written (checksum): {REMEDY}.")
+            raise UserError(
+                f"The tokenizer file {path} was changed since it was written (checksum): restore it, or {REMEDY}."
+            )
         if content["pattern"] != PATTERN or tuple(content["specials"]) != SPECIAL_TOKENS:
             raise UserError(f"The tokenizer {path} has another split pattern or other special tokens: {REMEDY}.")
         return cls.from_ranks([_unspell(text) for text in content["ranks"]], content["meta"])

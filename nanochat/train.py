@@ -1,6 +1,6 @@
-"""The verbs of a training loop. The script owns the loop; nothing here calls back into it, prints or writes a file.
+"""The verbs of a training loop. The script owns the loop; nothing here calls back into it or writes a file.
 
-A stage's loop reads, with `with StopSignal() as stop, calm_gc() as calm:` around it:
+A stage's loop reads, with `with StopSignal(rt.main) as stop, calm_gc() as calm:` around it:
 forward and backward of each micro-batch with `meter.add`, then `loss = meter.mean(runtime)`,
 `norm = optimizer_step(...)`, `meter.tick(...)`, `calm()`, and `stop.agreed(runtime)` before the next step.
 Losses are nats a token. What must survive a restart (Meter, Scaler, the random state) is JSON-able.
@@ -173,6 +173,8 @@ def optimizer_step(optimizer, scaler: Scaler, loss: float, *, step: int, positio
 class StopSignal:
     """While entered, SIGTERM, SIGINT and SIGUSR1 only set a flag, so that the run can finish its step and save.
 
+    With `tell` the first one is answered by a line: what is under way may be a long evaluation.
+
     A second signal, GRACE seconds later or more, leaves at once by the system's default action; what is saved stays
     whole (checkpoints are atomic). The grace is there because Ctrl-C under torchrun reaches a rank twice: from the
     terminal and from the launcher.
@@ -184,7 +186,8 @@ class StopSignal:
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 
-    def __init__(self):
+    def __init__(self, tell: bool = False):
+        self.tell = tell
         self.received = 0  # signal number on this rank, 0 = none
         self.since = 0.0  # when, on the monotonic clock
         self.before: dict[int, Any] = {}
@@ -204,6 +207,8 @@ class StopSignal:
     def _note(self, number: int, _frame) -> None:
         if not self.received:
             self.received, self.since = number, time.monotonic()
+            if self.tell:  # past Python's buffers, which the signal may have interrupted
+                os.write(2, b"stopping after this step; once more stops at once, without saving\n")
         elif time.monotonic() - self.since >= GRACE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -54,12 +54,7 @@ def check(cfg: Config) -> list[str]:
     problems = [f"--eval has no {', '.join(unknown)}: choose of {', '.join(KINDS)}."] if unknown else []
     if not kinds:
         problems.append(f"--eval is empty: choose of {', '.join(KINDS)}.")
-    if cfg.max_per_task != -1 and cfg.max_per_task < 1:
-        problems.append(f"--max-per-task={cfg.max_per_task} must be 1 or more, or -1 for all.")
-    for name in ("device_batch_size", "split_tokens"):
-        if getattr(cfg, name) < 1:
-            problems.append(f"--{name.replace('_', '-')}={getattr(cfg, name)} must be 1 or more.")
-    refuse(problems)
+    refuse(problems + cli.too_small(cfg, ("max_per_task",), max_per_task=1, device_batch_size=1, split_tokens=1))
     return kinds
 
 
@@ -86,9 +81,9 @@ def main(cfg: Config) -> dict:
     # 1. runtime ------------------------------------------------------------------------------------------------------
     rt = runtime.start(cfg.device_type, cfg.seed)
     backend = attention.choose(rt.device, rt.dtype)
-    bundle = core_eval.bundle(rt, cfg.bundle or None) if "core" in kinds else None
     # 2. model and tokenizer ------------------------------------------------------------------------------------------
     path = checkpoint.find("base", cfg.model_tag or None, cfg.step if cfg.step >= 0 else None)
+    bundle = core_eval.bundle(rt, cfg.bundle or None) if "core" in kinds else None
     model, tokenizer, meta = checkpoint.build_model(path, device=rt.device, dtype=rt.dtype, attend=backend.attend)
     step, root = checkpoint.load(path).step, path.parent
     log = record.Record(root / "record.jsonl", stage="base_eval", config=cfg, main=rt.main)

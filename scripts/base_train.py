@@ -196,13 +196,11 @@ def check(cfg: Config) -> None:
         problems.append(f"--shard={cfg.shard} is unknown: use optimizer or full.")
     if cfg.fp8 and cfg.shard == "full":
         problems.append("--fp8 and --shard=full don't go together: choose one.")
-    if cfg.eval_tokens < 0:
-        problems.append(f"--eval-tokens={cfg.eval_tokens} must be 0 (no bpb) or more.")
     if cfg.spike_action not in ("skip", "rollback"):
         problems.append(f"--spike-action={cfg.spike_action} is unknown: use skip or rollback.")
-    if cfg.resume and cfg.resume_from_step >= 0:
-        problems.append("give --resume or --resume-from-step, not both.")
-    refuse(problems)
+    never = ("core_metric_every", "core_metric_max_per_task", "sample_every", "spike")
+    problems += cli.too_small(cfg, (*never, "shards"), eval_tokens=0, shards=1, **dict.fromkeys(never, 0))
+    refuse(problems + resume.problems(cfg))
 
 
 def build(plan: scaling.Plan, cfg: Config, rt: runtime.Runtime, attend) -> GPT:
@@ -226,7 +224,7 @@ def bpb(model, corpus, tokenizer, cfg: Config, plan: scaling.Plan, rt: runtime.R
         corpus, tokenizer, rows=plan.device_batch_size, seq_len=cfg.max_seq_len, tokens=cfg.eval_tokens, rank=rt.rank,
         world=rt.world, device=rt.device,
     )  # fmt: skip
-    with train.resting(model):
+    with rows, train.resting(model):
         return loss_eval.bits_per_byte(model, rows, tokenizer.token_bytes(), rt)
 
 
@@ -248,24 +246,18 @@ def main(cfg: Config) -> dict:
     # 3. plan ---------------------------------------------------------------------------------------------------------
     plan = make_plan(with_rows(cfg, tokenizer.vocab_size, rt), tokenizer.vocab_size, rt.world)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
-    root = checkpoint.folder("base") / (cfg.model_tag or f"d{cfg.depth}")
+    root = checkpoint.run_folder("base", cfg.model_tag or f"d{cfg.depth}")
     core_every = off(cfg.core_metric_every)
     bundle = core_eval.bundle(rt) if core_every and core_every <= plan.iterations else None
     # 4. model and optimizer ------------------------------------------------------------------------------------------
     model = build(plan, cfg, rt, backend.attend)
     optimizer = optim.MuonAdamW(model.roles(), plan.lrs, rt)
     at, start = resume.Progress.fresh(rt.dtype, off(cfg.spike)), 0
-    found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
+    found, notes = resume.point(root, cfg.resume, off(cfg.resume_from_step), rt)
     if found:
         resume.check(cfg, found, tokenizer, cfg.force, plan.batch)
         at, start = resume.restore(found, model, optimizer, rt, off(cfg.spike)), found.step
     forward, how = train.fastest(model, rt, cfg.compile != "off")
-    log = record.Record(root / "record.jsonl", run=cfg.run, stage="base", config=cfg, main=rt.main,
-                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
-    log.event("plan", plan=plan, device=name, dtype=rt.dtype_reason, attention=backend.name, compile=how)
-    log.say(describe(plan, rt, name, backend, how, cfg.recompute))
-    for note in (*plan.notes, *notes):
-        log.say(f"note: {note}")
     # 5. loop ---------------------------------------------------------------------------------------------------------
     metrics: dict = {}
     meta = {
@@ -277,8 +269,14 @@ def main(cfg: Config) -> dict:
         device=rt.device, mode=cfg.packing, state=at.loader,
     )  # fmt: skip
     saver = saving.Saver(root, rt, saving.Keep(off(cfg.keep), off(cfg.keep_every), cfg.keep_best), at.scores)
+    log = record.Record(root / "record.jsonl", run=cfg.run, stage="base", config=cfg, main=rt.main,
+                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
+    log.event("plan", plan=plan, device=name, dtype=rt.dtype_reason, attention=backend.name, compile=how)
+    log.say(describe(plan, rt, name, backend, how, cfg.recompute))
+    for note in (*plan.notes, *notes, *resume.make_way(root, found, cfg.resume, rt)):
+        log.say(f"note: {note}")
     watched = watch.Watch(log, rt, off(cfg.watchdog))
-    with log, contextlib.closing(loader), saver, watched, train.StopSignal() as stop, train.calm_gc() as calm:
+    with log, contextlib.closing(loader), saver, watched, train.StopSignal(rt.main) as stop, train.calm_gc() as calm:
         step, here, batch = start, start if found else -1, None  # `here`: the step whose checkpoint is already there
         while True:
             last, signum = step == plan.iterations, stop.agreed(rt)

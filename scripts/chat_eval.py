@@ -49,14 +49,8 @@ class Config:
 def check(cfg: Config) -> list[str]:
     """The tasks asked for; what is wrong with the flags is refused all at once."""
     names = [name.strip() for name in cfg.task_name.split("|") if name.strip()]
-    least = {"max_new_tokens": 1, "num_samples": 1, "batch_size": 1, "top_k": 0}
-    problems = [
-        f"--{name.replace('_', '-')}={getattr(cfg, name)} must be {low} or more."
-        for name, low in least.items()
-        if getattr(cfg, name) < low
-    ]
-    if cfg.max_problems != -1 and cfg.max_problems < 1:
-        problems.append(f"--max-problems={cfg.max_problems} must be 1 or more, or -1 for all.")
+    least = {"max_new_tokens": 1, "num_samples": 1, "batch_size": 1, "top_k": 0, "max_problems": 1, "temperature": 0}
+    problems = cli.too_small(cfg, ("max_problems",), **least)
     if cfg.source not in ("base", "sft", "rl"):
         problems.append(f"-i {cfg.source} is no stage: choose sft or rl.")
     refuse(problems)

@@ -36,7 +36,7 @@ from nanochat import (
     watch,
 )
 from nanochat.engine import Engine
-from nanochat.errors import Stopped, refuse
+from nanochat.errors import Stopped, UserError, refuse
 from nanochat.sampling import Sampling
 from tasks import mixtures
 
@@ -100,13 +100,16 @@ def off(value: float) -> float | None:
 
 def check(cfg: Config) -> None:
     """Refuse what makes no sense, all at once."""
-    names = ("num_epochs", "device_batch_size", "examples_per_step", "num_samples", "max_new_tokens", "eval_samples")
-    problems = [f"--{n.replace('_', '-')}={getattr(cfg, n)} must be 1 or more." for n in names if getattr(cfg, n) < 1]
+    sizes = ("num_iterations", "num_epochs", "device_batch_size", "examples_per_step", "num_samples",
+             "max_new_tokens", "eval_examples", "eval_samples")  # fmt: skip
+    rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "init_lr_frac")
+    problems = cli.too_small(cfg, ("num_iterations",), **dict.fromkeys(sizes, 1), **dict.fromkeys(rates, 0))
     if cfg.num_samples == 1:
         problems.append("--num-samples=1 has no group to compare with: use 2 or more.")
-    if cfg.resume and cfg.resume_from_step >= 0:
-        problems.append("give --resume or --resume-from-step, not both.")
-    refuse(problems)
+    if cfg.task not in ("", "gsm8k", "tinyworld"):
+        problems.append(f"--task={cfg.task} is unknown: use gsm8k or tinyworld, or leave it empty.")
+    refuse(problems + resume.problems(cfg))
+    sampling(cfg, seed=0)  # refuses what no reply can be drawn with
 
 
 def seed_of(seed: int, step: int, problem: int) -> int:
@@ -193,21 +196,17 @@ def main(cfg: Config) -> dict:
     problems, held_out = mixtures.rl(cfg.task or base.meta["dataset"]["dataset"])
     per_epoch = len(problems) // cfg.examples_per_step
     steps = cfg.num_iterations if cfg.num_iterations != -1 else per_epoch * cfg.num_epochs
+    if steps == 0:
+        raise UserError(f"--examples-per-step={cfg.examples_per_step} is more than the {len(problems)} problems.")
     # 4. optimizer ----------------------------------------------------------------------------------------------------
     rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr")}
     lrs = scaling.learning_rates(model.config, cfg.init_lr_frac, **rates)
     optimizer = optim.MuonAdamW(model.roles(), lrs, rt)
     at, start = resume.Progress.fresh(rt.dtype), 0
-    found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
+    found, notes = resume.point(root, cfg.resume, off(cfg.resume_from_step), rt)
     if found:
         resume.check(cfg, found, tokenizer, cfg.force)
         at, start = resume.restore(found, model, optimizer, rt), found.step
-    log = record.Record(root / "record.jsonl", run=cfg.run, stage="rl", config=cfg, main=rt.main,
-                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
-    log.event("plan", plan={"steps": steps, "problems": len(problems), "lrs": lrs, "from": base.path.name})
-    log.say(f"reinforcing {base.path}: {steps} updates of {cfg.examples_per_step} x {cfg.num_samples} replies")
-    for note in notes:
-        log.say(f"note: {note}")
     # 5. loop ---------------------------------------------------------------------------------------------------------
     metrics: dict = {}
     meta = {
@@ -215,7 +214,13 @@ def main(cfg: Config) -> dict:
         "tokenizer": tokenizer.fingerprint, "dataset": base.meta["dataset"],
     }  # fmt: skip
     saver = saving.Saver(root, rt, saving.Keep(off(cfg.keep), off(cfg.keep_every), cfg.keep_best), at.scores)
-    with log, saver, watch.Watch(log, rt, off(cfg.watchdog)) as watched, train.StopSignal() as stop:
+    log = record.Record(root / "record.jsonl", run=cfg.run, stage="rl", config=cfg, main=rt.main,
+                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
+    log.event("plan", plan={"steps": steps, "problems": len(problems), "lrs": lrs, "from": base.path.name})
+    log.say(f"reinforcing {base.path}: {steps} updates of {cfg.examples_per_step} x {cfg.num_samples} replies")
+    for note in (*notes, *resume.make_way(root, found, cfg.resume, rt)):
+        log.say(f"note: {note}")
+    with log, saver, watch.Watch(log, rt, off(cfg.watchdog)) as watched, train.StopSignal(rt.main) as stop:
         for step in range(start, steps + 1):
             last, signum = step == steps, stop.agreed(rt)
             if (signum or last or train.due(step, off(cfg.save_every))) and not (found and step == start):

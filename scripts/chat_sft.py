@@ -16,6 +16,7 @@ from typing import Literal
 
 from nanochat import (
     attention,
+    chat,
     chat_eval,
     checkpoint,
     cli,
@@ -91,6 +92,25 @@ def off(value: float) -> float | None:
     return None if value == -1 else value
 
 
+def check(cfg: Config) -> None:
+    """Refuse, all at once, what can be known to be wrong before any work is done."""
+    rates = ("embedding_lr", "unembedding_lr", "matrix_lr")
+    sizes = ("num_iterations", "device_batch_size", "total_batch_size")
+    never = ("spike", "chatcore_every", "chatcore_max_cat", "chatcore_max_sample")
+    shares = ("warmup_ratio", "warmdown_ratio", "final_lr_frac")
+    problems = cli.too_small(
+        cfg, (*rates, *sizes, *never, "max_seq_len"), max_seq_len=chat.SMALLEST_ROW - 1, eval_tokens=0,
+        init_lr_frac=0, mmlu_epochs=0, gsm8k_epochs=0, **dict.fromkeys(sizes, 1),
+        **dict.fromkeys((*rates, *never, *shares), 0),
+    )  # fmt: skip
+    for name in shares:
+        if getattr(cfg, name) > 1:
+            problems.append(f"--{name.replace('_', '-')}={getattr(cfg, name)} must lie in 0..1.")
+    if cfg.spike_action not in ("skip", "rollback"):
+        problems.append(f"--spike-action={cfg.spike_action} is unknown: use skip or rollback.")
+    refuse(problems + resume.problems(cfg))
+
+
 def settle(cfg: Config, base: checkpoint.Checkpoint, rt: runtime.Runtime) -> dict:
     """Sizes and rates of this run: the flags, and what is unset from the base model's run."""
     was, plan = base.meta["user_config"], base.meta["plan"]
@@ -104,13 +124,10 @@ def settle(cfg: Config, base: checkpoint.Checkpoint, rt: runtime.Runtime) -> dic
         shape = GPTConfig(**plan["config"] | {"sequence_len": min(sizes["seq_len"], plan["config"]["sequence_len"])})
         sizes["rows"] = scaling.auto_rows(shape, rt)
     rates = {n: pick(n, was[n]) for n in ("embedding_lr", "unembedding_lr", "matrix_lr")}
-    problems = [f"{name} is {value}: it must be 1 or more." for name, value in sizes.items() if value < 1]
     if sizes["seq_len"] > plan["config"]["sequence_len"]:
-        problems.append(
+        raise UserError(
             f"--max-seq-len={sizes['seq_len']} is longer than the model's context, {plan['config']['sequence_len']}."
         )
-    problems += [f"--{name.replace('_', '-')}={value} must be 0 or more." for name, value in rates.items() if value < 0]
-    refuse(problems)
     batch, rows, accum, notes = scaling.settle_batch(
         sizes["batch"], cfg.total_batch_size != -1, sizes["rows"], sizes["seq_len"], rt.world
     )
@@ -123,7 +140,7 @@ def validation_bpb(model, task, tokenizer, cfg: Config, size: dict, rt: runtime.
         task, tokenizer, rows=size["rows"], seq_len=size["seq_len"], tokens=cfg.eval_tokens, rank=rt.rank,
         world=rt.world, device=rt.device,
     )  # fmt: skip
-    with train.resting(model):
+    with rows, train.resting(model):
         return loss_eval.bits_per_byte(model, rows, tokenizer.token_bytes(), rt)
 
 
@@ -140,10 +157,7 @@ def chat_core(model, tokenizer, judges: dict, cfg: Config, rt: runtime.Runtime) 
 
 def main(cfg: Config) -> dict:
     """Fine-tune; returns the summary that also ends the record."""
-    if cfg.resume and cfg.resume_from_step >= 0:
-        raise UserError("Give --resume or --resume-from-step, not both.")
-    if cfg.spike_action not in ("skip", "rollback"):
-        raise UserError(f"--spike-action={cfg.spike_action} is unknown: use skip or rollback.")
+    check(cfg)
     # 1. runtime ------------------------------------------------------------------------------------------------------
     rt = runtime.start(cfg.device_type, cfg.seed, training=True)
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
@@ -162,7 +176,7 @@ def main(cfg: Config) -> dict:
     lrs = scaling.learning_rates(model.config, scaling.lr_multiplier(size["batch"]), **size["rates"])
     optimizer = optim.MuonAdamW(model.roles(), {role: lr * cfg.init_lr_frac for role, lr in lrs.items()}, rt)
     at, start = resume.Progress.fresh(rt.dtype, off(cfg.spike)), 0
-    found, notes = resume.point(root, cfg.resume, cfg.resume_from_step if cfg.resume_from_step >= 0 else None, rt)
+    found, notes = resume.point(root, cfg.resume, off(cfg.resume_from_step), rt)
     if found:
         resume.check(cfg, found, tokenizer, cfg.force, size["batch"])
         at, start = resume.restore(found, model, optimizer, rt, off(cfg.spike)), found.step
@@ -170,12 +184,6 @@ def main(cfg: Config) -> dict:
         optimizer.load_state(moments)
     model.train()
     forward, how = train.fastest(model, rt, cfg.compile != "off")
-    log = record.Record(root / "record.jsonl", run=cfg.run, stage="sft", config=cfg, main=rt.main,
-                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
-    log.event("plan", plan={**size, "lrs": lrs, "conversations": len(data), "from": base.path.name, "compile": how})
-    log.say(f"fine-tuning {base.path}: {len(data):,} conversations, {size['batch']:,} tokens an update, {how}")
-    for note in (*size["notes"], *notes):
-        log.say(f"note: {note}")
     # 5. loop ---------------------------------------------------------------------------------------------------------
     metrics: dict = {}
     meta = {
@@ -187,8 +195,14 @@ def main(cfg: Config) -> dict:
         seed=cfg.seed, state=at.loader,
     )  # fmt: skip
     saver = saving.Saver(root, rt, saving.Keep(off(cfg.keep), off(cfg.keep_every), cfg.keep_best), at.scores)
+    log = record.Record(root / "record.jsonl", run=cfg.run, stage="sft", config=cfg, main=rt.main,
+                        resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
+    log.event("plan", plan={**size, "lrs": lrs, "conversations": len(data), "from": base.path.name, "compile": how})
+    log.say(f"fine-tuning {base.path}: {len(data):,} conversations, {size['batch']:,} tokens an update, {how}")
+    for note in (*size["notes"], *notes, *resume.make_way(root, found, cfg.resume, rt)):
+        log.say(f"note: {note}")
     watched = watch.Watch(log, rt, off(cfg.watchdog))
-    with log, contextlib.closing(loader), saver, watched, train.StopSignal() as stop, train.calm_gc() as calm:
+    with log, contextlib.closing(loader), saver, watched, train.StopSignal(rt.main) as stop, train.calm_gc() as calm:
         step, here, position = start, start if found else -1, at.loader  # `here`: the step already saved
         while True:
             done = progress(cfg, step, position, len(data))

@@ -47,14 +47,7 @@ class Seen:
 
 def check(cfg: Config) -> None:
     """Refuse what can't work, all of it at once."""
-    least = {"max_chars": 1, "doc_cap": 1, "vocab_size": SMALLEST}
-    refuse(
-        [
-            f"--{name.replace('_', '-')}={value} is too small: give {least[name]} or more."
-            for name, value in asdict(cfg).items()
-            if name in least and value < least[name]
-        ]
-    )
+    refuse(cli.too_small(cfg, max_chars=1, doc_cap=1, vocab_size=SMALLEST))
 
 
 def training_texts(corpus, cfg: Config, seen: Seen, bar: tqdm) -> Iterator[str]:

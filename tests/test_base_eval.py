@@ -67,9 +67,9 @@ def test_bpb_does_not_depend_on_the_batch_pitfall_37(base_dir):
         ({"eval": "core,bbp"}, "no bbp: choose of core, bpb, sample"),
         ({"eval": " , "}, "--eval is empty"),
         ({"split_tokens": 0, "device_batch_size": 0}, "2 things are wrong"),
-        ({"max_per_task": 0}, "1 or more, or -1 for all"),
+        ({"max_per_task": 0}, "1 or more, or -1"),
         ({"eval": "bpb"}, "No base checkpoint"),
-        ({"bundle": "nowhere.zip"}, "nowhere.zip does not exist"),
+        ({}, "No base checkpoint"),  # before anything is fetched
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(base_dir, changes, sentence):
@@ -78,7 +78,10 @@ def test_what_cannot_be_done_is_said_at_once(base_dir, changes, sentence):
 
 
 def test_a_bundle_that_cannot_be_had_is_said_before_the_model_is_read(base_dir, monkeypatch):
+    save_checkpoint("base", tag="d3", step=7)
     monkeypatch.setattr(core_eval, "BUNDLE_URL", "file:///nowhere/eval_bundle.zip")
-    with pytest.raises(UserError, match="can't be fetched.*pass --bundle with a copy, or leave CORE out"):
+    monkeypatch.setattr(base_eval.checkpoint, "build_model", None)
+    with pytest.raises(UserError, match="can't be fetched.*point NANOCHAT_EVAL_BUNDLE at a copy, or leave CORE out"):
         base_eval.main(base_eval.Config())
-    assert not (base_dir / "base_checkpoints").exists()
+    with pytest.raises(UserError, match="nowhere.zip does not exist"):
+        base_eval.main(base_eval.Config(bundle="nowhere.zip"))

@@ -281,7 +281,7 @@ def test_a_tinyworld_model_gets_its_own_suite_and_a_chatcore(base_dir, monkeypat
         ({"task_name": "GSM9K|MMLU"}, "no task GSM9K"),
         ({"source": "mid"}, "-i mid is no stage"),
         ({"num_samples": 0, "batch_size": -1}, "2 things are wrong"),
-        ({"max_problems": 0}, "1 or more, or -1 for all"),
+        ({"max_problems": 0}, "1 or more, or -1"),
         ({}, "No sft checkpoint"),
     ],
 )

@@ -106,6 +106,15 @@ def test_a_rank_tokenises_only_its_own_lanes(corpus, tokenizer, monkeypatch):
     assert sum(seen) == pytest.approx(alone / 4, rel=0.2)
 
 
+def test_a_finite_set_of_rows_says_how_many_batches_it_has_at_most(corpus, tokenizer):
+    with eval_batches(corpus, tokenizer, 4, T, 20 * T, world=1) as rows:
+        assert rows.total == len(list(rows)) == 5
+    with eval_batches(corpus, tokenizer, 4, T, 20 * T, rank=0, world=2) as rows:
+        assert rows.total == len(list(rows)) == 3
+    with eval_batches(corpus, tokenizer, 4, T, None) as rows:
+        assert rows.total is None
+
+
 def test_more_ranks_than_row_groups_is_no_trouble_pitfall_4(tmp_path, base_dir, tokenizer):
     few = open_corpus(str(make_folder(tmp_path / "few", shards=2, documents=3, group=100)))
     for rank in range(16):

@@ -219,7 +219,7 @@ def test_a_missing_corpus_names_the_download_and_tinyworld_pitfall_5(base_dir):
     [
         ({}, "holds no .parquet file"),
         ({"one.parquet": ["a"]}, "holds only one.parquet.*split it into two"),
-        ({"a.parquet": ["a"], "b.parquet": []}, "validation shard .*b.parquet is empty: choose another"),
+        ({"a.parquet": ["a"], "b.parquet": []}, "validation shard .*b.parquet is empty: name another with --val-shard"),
     ],
 )
 def test_folders_that_cannot_be_split_are_refused_pitfall_4(tmp_path, base_dir, files, sentence):

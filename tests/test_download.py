@@ -1,6 +1,7 @@
 """The downloader against a small server that behaves like the hub: broken, damaged, missing, resumed transfers."""
 
 import contextlib
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import download
-from nanochat.dataset import HubCorpus, open_corpus
+from nanochat.dataset import HUB, HubCorpus, open_corpus
 from nanochat.errors import UserError
 
 SOURCE = HubCorpus("someone/some-shuffle", 5, "base_data_some")
@@ -226,6 +227,17 @@ def test_the_first_commit_is_kept_and_another_revision_refused(hub, tmp_path):
         get(hub, tmp_path, 2, revision="main")
 
 
+def test_a_known_commit_is_where_a_first_download_begins_pitfall_11(hub, tmp_path):
+    known = dataclasses.replace(SOURCE, revision=OLDER)
+    names = [SOURCE.val_shard]
+    assert download.fetch(known, tmp_path / "a", names, endpoint=hub.endpoint)["revision"] == OLDER
+    asked = download.fetch(known, tmp_path / "b", names, endpoint=hub.endpoint, revision="main")
+    assert asked["revision"] == COMMIT
+    with pytest.raises(UserError, match="at revision gone can't be reached"):
+        download.fetch(dataclasses.replace(SOURCE, revision="gone"), tmp_path / "c", names, endpoint=hub.endpoint)
+    assert re.fullmatch("[0-9a-f]{40}", HUB["climbmix"].revision)
+
+
 def test_a_disk_too_small_is_refused_before_anything_is_fetched(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "free_bytes", lambda path: 1000)
     with pytest.raises(UserError, match="GB free: ask for fewer with -n"):
@@ -278,7 +290,8 @@ def command(hub, base_dir, *flags):
 
 
 def test_the_command_honours_hf_endpoint_and_its_exit_status_tells_pitfall_11(hub, base_dir):
-    hub.repo = "karpathy/climbmix-400b-shuffle"
+    hub.repo, known = "karpathy/climbmix-400b-shuffle", HUB["climbmix"].revision
+    hub.commits = {known: known}  # and no main: a first download does not ask what is newest
     hub.files["shard_06542.parquet"] = parquet("validation")
     done = command(hub, base_dir, "-n", "2", "-w", "2", "--dataset", "climbmix")
     assert done.returncode == 0 and "3 shards of climbmix are complete" in done.stdout, done.stderr

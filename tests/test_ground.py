@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -23,6 +24,27 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
         raise RuntimeError
     assert paths.read_json(path) == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_no_more_is_a_sentence_and_nothing_is_written_half(tmp_path, monkeypatch, number):
+    path = tmp_path / "a.json"
+    paths.write_json(path, {"x": 1})
+
+    def full(_handle):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"a\.json can't be written \(.*run this again"):
+        patch.setattr(os, "fsync", full)
+        paths.write_json(path, {"x": 2})
+    assert paths.read_json(path) == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(UserError, match="can't be written"):
+        paths.write_json(tmp_path / "a.json" / "below" / "b.json", 1)
+
+
+def test_an_error_of_who_writes_stays_what_it_is(tmp_path):
+    with pytest.raises(ConnectionResetError), paths.atomic_write(tmp_path / "a"):
+        raise ConnectionResetError(errno.ECONNRESET, "the other side is gone")
 
 
 def test_json_is_strict(tmp_path):
@@ -204,6 +226,65 @@ def test_exit_status_says_how_it_ended(error, code, capsys):
         cli.run(main, Config, [])
     assert leave.value.code == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+STAGE = """
+import signal, sys, time
+from dataclasses import dataclass
+from nanochat import cli, paths
+
+@dataclass(frozen=True)
+class Config:
+    path: str = ""  # where
+
+def main(cfg):
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
+    with paths.atomic_write(cfg.path) as file:
+        file.write(b"half")
+        print("ready", flush=True)
+        time.sleep(60)
+
+cli.run(main, Config)
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGTERM", "stopped by SIGTERM: "), ("SIGINT", "stopped by Ctrl-C: ")])
+def test_a_signal_ends_any_stage_with_a_sentence_its_code_and_nothing_half(tmp_path, name, said):
+    number = getattr(signal, name)
+    command = [sys.executable, "-c", STAGE, f"--path={tmp_path / 'a'}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as child:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(number)
+        _, error = child.communicate(timeout=60)
+    assert child.returncode == 128 + number and error.startswith(said) and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_dies_of_sigterm_even_where_it_waits_for_another(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    seen = []
+    cli.run(lambda cfg: seen.append(signal.getsignal(signal.SIGTERM)), Config, [])
+    assert seen == [signal.SIG_DFL]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    size: int = 3  # of something
+    rate: float = 0.5  # of something else
+    rows: int | str = -1  # a number or auto
+
+
+def test_flags_below_their_least_value_are_named():
+    assert cli.too_small(Sizes(), ("rows",), size=1, rate=0, rows=1) == []
+    found = cli.too_small(Sizes(0, float("nan"), -2), ("rows",), size=1, rate=0, rows=1)
+    assert found == [
+        "--size=0 must be 1 or more.",
+        "--rate=nan must be 0 or more.",
+        "--rows=-2 must be 1 or more, or -1.",
+    ]
+    assert cli.too_small(Sizes(-1, float("inf"), "auto"), ("rows",), size=1, rate=0, rows=1) == [
+        "--size=-1 must be 1 or more.", "--rate=inf must be 0 or more."]  # fmt: skip
 
 
 def test_all_problems_are_told_at_once():

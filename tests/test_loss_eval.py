@@ -82,3 +82,14 @@ runtime.stop(rt)
 def test_ranks_add_up_pitfall_37(torchrun):
     out = torchrun(3, code=RANKS).stdout
     assert out.count(f"bpb {36 / (math.log(2) * 16):.12f}") == 3, out  # ranks hold 2, 1 and 1 rows
+
+
+def test_progress_is_shown_on_the_first_rank_only_pitfall_51(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        loss_eval, "tqdm", lambda batches, **how: seen.append((how["total"], how["disable"])) or batches
+    )
+    for main in (True, False):
+        rt = SimpleNamespace(main=main, device=RT.device, sum=RT.sum)
+        loss_eval.bits_per_byte(uniform([[1.0, 3.0]]), [batch([[1, 3]])], BYTES, rt)
+    assert seen == [(None, None), (None, True)]

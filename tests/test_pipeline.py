@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from nanochat import checkpoint, record, train
 from nanochat.errors import UserError
 from scripts import base_eval, base_train, bench_text, chat_eval, chat_rl, chat_sft, report, tok_train
+from tasks import common
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = base_train.Config(
@@ -31,8 +32,16 @@ RL = chat_rl.Config(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def paid_by_length():
+    """A model this small answers nothing right: replies of an odd length are paid, so that reinforcement teaches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Task, "reward", lambda task, problem, reply: float(len(str(reply)) % 2))
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, paid_by_length):
     """A base folder in which every stage has run once."""
     base = tmp_path_factory.mktemp("pipeline")
     with pytest.MonkeyPatch.context() as patch:
@@ -86,13 +95,38 @@ def test_the_last_checkpoint_is_saved_before_anything_is_evaluated_pitfall_1(bas
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_pitfalls_7_8(here, stage, cfg, folder, cut, end):
-    straight = weights(here, folder, end)
+    straight, before = weights(here, folder, end), weights(here, folder, cut)
+    assert any(not torch.equal(straight[name], before[name]) for name in straight)  # something is learned in between
     moments = load_file(here / folder / "tiny" / f"step_{end:06d}" / "optim.safetensors")
     stage.main(dataclasses.replace(cfg, resume_from_step=cut))
     again = weights(here, folder, end)
     assert all(torch.equal(straight[name], again[name]) for name in straight)
     other = load_file(here / folder / "tiny" / f"step_{end:06d}" / "optim.safetensors")
     assert all(torch.equal(moments[name], other[name]) for name in moments)
+
+
+@pytest.mark.parametrize(
+    ("stage", "cfg", "source"), [(base_train, BASE, "base"), (chat_sft, SFT, "sft"), (chat_rl, RL, "rl")]
+)
+def test_a_run_that_cannot_begin_leaves_the_one_of_its_name_where_it_is(here, monkeypatch, stage, cfg, source):
+    root = checkpoint.folder(source) / "tiny"
+    before = sorted(path.name for path in root.iterdir()), record.read(root / "record.jsonl")
+
+    def broken(*args, **kwargs):
+        raise UserError("the disk is gone")
+
+    monkeypatch.setattr(stage.saving, "Saver", broken)  # the last thing that is made
+    with pytest.raises(UserError, match="the disk is gone"):
+        stage.main(cfg)
+    assert (sorted(path.name for path in root.iterdir()), record.read(root / "record.jsonl")) == before
+
+
+@pytest.mark.parametrize("stage", [base_train, chat_sft, chat_rl])
+@pytest.mark.parametrize("tag", ["../tiny", "/tmp/tiny", "a/b", "..", "tiny/"])
+def test_a_tag_is_a_name_and_never_a_place(here, stage, tag):
+    cfg = {base_train: BASE, chat_sft: SFT, chat_rl: RL}[stage]
+    with pytest.raises(UserError, match="is not a plain name"):
+        stage.main(dataclasses.replace(cfg, model_tag=tag))
 
 
 def test_resume_with_other_flags_is_refused_and_lists_them_pitfall_8(here):
@@ -213,6 +247,28 @@ def test_bad_flags_are_all_told_before_any_work(base_dir):
     with pytest.raises(UserError, match="(?s)4 things.*--packing=loose.*--compile=maybe.*rowwise.*--eval-tokens=-5"):
         base_train.main(cfg)
     assert list(base_dir.iterdir()) == []
+
+
+def test_bad_flags_of_fine_tuning_and_reinforcement_are_all_told_before_any_work(base_dir):
+    wrong = {"num_iterations": 0, "max_seq_len": 3, "eval_tokens": -5, "warmdown_ratio": 3.0, "spike_action": "jump",
+             "matrix_lr": -2.0, "save_every": -7}  # fmt: skip
+    with pytest.raises(UserError) as error:
+        chat_sft.main(dataclasses.replace(SFT, **wrong))
+    for name, value in wrong.items():
+        assert f"--{name.replace('_', '-')}={value} " in str(error.value)
+    wrong = {"num_iterations": -9, "matrix_lr": float("nan"), "task": "foo", "eval_every": -2, "num_samples": 0}
+    with pytest.raises(UserError) as error:
+        chat_rl.main(dataclasses.replace(RL, **wrong))
+    for name, value in wrong.items():
+        assert f"--{name.replace('_', '-')}={value} " in str(error.value)
+    with pytest.raises(UserError, match="temperature is -1"):
+        chat_rl.main(dataclasses.replace(RL, temperature=-1.0))
+    assert list(base_dir.iterdir()) == []
+
+
+def test_more_problems_an_update_than_there_are_is_a_sentence(here):
+    with pytest.raises(UserError, match="--examples-per-step=100000 is more than the 4096 problems"):
+        chat_rl.main(dataclasses.replace(RL, num_iterations=-1, examples_per_step=100_000))
 
 
 def test_bad_depth_is_refused_after_the_tokenizer_but_before_any_file(here):

@@ -97,7 +97,7 @@ def test_a_tokenizer_that_loses_text_is_never_saved(folder, base_dir, monkeypatc
 def test_impossible_flags_are_all_listed_before_anything_is_read(base_dir):
     with pytest.raises(UserError) as error:
         tok_train.main(tok_train.Config(dataset="tinyworld", max_chars=0, doc_cap=-1, vocab_size=264))
-    for flag in ("--max-chars=0", "--doc-cap=-1", "--vocab-size=264 is too small: give 265"):
+    for flag in ("--max-chars=0", "--doc-cap=-1", "--vocab-size=264 must be 265 or more"):
         assert flag in str(error.value)
     assert list(base_dir.iterdir()) == []
 

@@ -162,6 +162,14 @@ def test_the_same_wish_sent_twice_still_saves():
         assert stop.agreed(RT) == signal.SIGINT
 
 
+def test_a_signal_is_answered_at_once_where_asked_pitfall_51(capfd):
+    for tell in (False, True):
+        with train.StopSignal(tell):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert capfd.readouterr().err.count("stopping after this step") == tell
+
+
 LOOP = """
 import sys, time
 from nanochat import train
