@@ -336,7 +336,8 @@ def test_the_bundle_is_found_given_named_present_or_fetched(tmp_path, base_dir, 
         for path in top.rglob("*"):
             zipped.write(path, path.relative_to(tmp_path))
     monkeypatch.setattr(core_eval, "BUNDLE_URL", archive.as_uri())
-    with pytest.raises(UserError, match="is not the file it was.*NANOCHAT_EVAL_BUNDLE"):  # another file than the pinned one
+    # the archive is another file than the pinned one
+    with pytest.raises(UserError, match="is not the file it was.*NANOCHAT_EVAL_BUNDLE"):
         core_eval.bundle(RT)
     assert not list(base_dir.glob("*.zip")), "a wrong download must not stay (pitfall 10)"
     monkeypatch.setattr(core_eval, "BUNDLE_SHA256", core_eval.paths.sha256(archive))
@@ -345,7 +346,7 @@ def test_the_bundle_is_found_given_named_present_or_fetched(tmp_path, base_dir, 
     assert core_eval.bundle(RT).specs()  # fetched once
 
     (base_dir / "eval_bundle.zip").unlink()
-    with pytest.raises(UserError, match="can't be fetched.*pass --bundle"):
+    with pytest.raises(UserError, match="can't be fetched.*NANOCHAT_EVAL_BUNDLE"):
         core_eval.bundle(RT)
 
 
