@@ -253,3 +253,13 @@ def test_the_harness_bench_wants_an_exported_folder_and_scores_as_the_model_does
     item = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
     other = {**item, "answerKey": "B"}
     assert bench_lm_eval.own_accuracy(model, tokenizer, [item, other]) == 0.5
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_a_disk_too_small_is_a_sentence_before_anything_is_written(base_dir, tmp_path, monkeypatch, kind):
+    save_checkpoint("sft")
+    monkeypatch.setattr(paths, "free_bytes", lambda path: 1000)
+    target = tmp_path / "far" / "away" / "out"
+    with pytest.raises(UserError, match="takes about .* MB and its disk has 0 MB free: free some space"):
+        export.main(export.Config(output=str(target), format=kind))
+    assert not (tmp_path / "far").exists()

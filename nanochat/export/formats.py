@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from nanochat import checkpoint
+from nanochat import checkpoint, paths
 from nanochat.errors import UserError
 from nanochat.export import card, gguf_file, graph, hub
 from nanochat.gpt import GPTConfig
+
+MARGIN = 8 * 2**20  # bytes of tokenizer, graph and texts beside the weights
 
 ENDINGS = {"hf": "", "onnx": ".onnx", "torch": ".pt2", "gguf": ".gguf"}
 
@@ -17,9 +19,21 @@ def write(kind: str, target: Path, source: checkpoint.Checkpoint, name: str, fou
     """
     if kind not in ENDINGS:
         raise UserError(f"The format {kind} is unknown: use one of {', '.join(ENDINGS)}.")
+    _check_room(target, source)
     model, tokenizer, meta = checkpoint.build_model(source.path)
     if kind == "hf":
         return hub.write(target, source, tokenizer, card.card(name, meta, found))
     if kind == "gguf":
         return gguf_file.write(target, source.weights(), GPTConfig(**meta["config"]), tokenizer, name)
     return (graph.write_onnx if kind == "onnx" else graph.write_torch)(target, model)
+
+
+def _check_room(target: Path, source: checkpoint.Checkpoint) -> None:
+    """UserError before anything is written, where the weights would not fit the disk."""
+    there = next(folder for folder in target.absolute().parents if folder.is_dir())
+    need, free = source.files["model.safetensors"]["bytes"] + MARGIN, paths.free_bytes(there)
+    if free < need:
+        raise UserError(
+            f"The export to {target} takes about {need / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free: "
+            "free some space, or name a place on another disk with --output."
+        )
