@@ -244,9 +244,8 @@ def main(cfg: Config) -> dict:
                 rollouts, rewards = draw(
                     Engine(model, tokenizer), problems, mine[rt.rank :: rt.world], cfg, step, tokenizer
                 )
-            counts = torch.tensor([sum(map(sum, rewards)), sum(map(len, rewards)), sum(sum(r.mask) for r in rollouts)],
-                                  dtype=torch.float64)  # fmt: skip
-            paid, drawn, tokens = rt.sum(counts.to(rt.device, torch.float32)).tolist()
+            counts = [sum(map(sum, rewards)), sum(map(len, rewards)), len(rollouts), sum(sum(r.mask) for r in rollouts)]
+            paid, drawn, taught, tokens = rt.sum(torch.tensor(counts, dtype=torch.float32, device=rt.device)).tolist()
             loss = learn(model, optimizer, rollouts, cfg, at.scaler.scale * rt.world / max(tokens, 1), rt.device)
             lr_mult, norm = schedule.rl_lr(step, steps), 0.0
             if tokens:  # some group had something to teach
@@ -259,10 +258,10 @@ def main(cfg: Config) -> dict:
             seconds = time.perf_counter() - began
             watched.end()
             at.meter.tick(loss, int(tokens), seconds)
-            console = (f"step {step:4d}/{steps} | reward {paid / drawn:.3f} | {len(rollouts)} replies taught | "
+            console = (f"step {step:4d}/{steps} | reward {paid / drawn:.3f} | {taught:.0f} replies taught | "
                        f"lr x {lr_mult:.2f} | {seconds:.1f} s")  # fmt: skip
             log.step(step, console, reward=paid / drawn, lr=lr_mult, grad_norm=norm, seconds=seconds,
-                     taught=len(rollouts), targets=tokens, memory=rt.bytes_now())  # fmt: skip
+                     taught=int(taught), targets=tokens, memory=rt.bytes_now())  # fmt: skip
     # 6. summary ------------------------------------------------------------------------------------------------------
     summary = {"step": steps, **metrics, "seconds": at.meter.seconds, "seconds_saving": saver.blocked,
                "peak_bytes": rt.peak_bytes(), "checkpoint": str(root / f"step_{steps:06d}")}  # fmt: skip

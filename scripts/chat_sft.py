@@ -228,13 +228,11 @@ def main(cfg: Config) -> dict:
             watched.begin(step)
             batches = [next(loader) for _ in range(size["accum"])]
             weight = train.per_token([b.targets for b in batches], rt)
-            tokens = 0
             for batch in batches:
                 total = forward(batch.inputs, batch.targets, reduction="sum")
                 optimizer.backward(total * (weight * at.scaler.scale), last=batch is batches[-1])
                 count = int((batch.targets >= 0).sum())
                 at.meter.add(total / max(count, 1), count)
-                tokens += count
             position = batches[-1].state
             loss = at.meter.mean(rt)
             lr_mult = schedule.sft_lr(done, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)
@@ -253,7 +251,7 @@ def main(cfg: Config) -> dict:
             )
             log.step(step, console, loss=loss, smooth_loss=at.meter.loss, lr=lr_mult, grad_norm=norm, seconds=seconds,
                      memory=rt.bytes_now(),
-                     tokens_per_second=size["batch"] / seconds, targets=tokens,
+                     tokens_per_second=size["batch"] / seconds, targets=round(rt.world / weight),
                      epoch=batches[-1].note.epoch)  # fmt: skip
             if at.spikes.why:
                 log.note("spike", f"step {step}: {at.spikes.why}; {cfg.spike_action}.", step=step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,11 +33,16 @@ RL = chat_rl.Config(
 )  # fmt: skip
 
 
+def odd_length(task, problem, reply):
+    """What replies are paid here."""
+    return float(len(str(reply)) % 2)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def paid_by_length():
     """A model this small answers nothing right: replies of an odd length are paid, so that reinforcement teaches."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Task, "reward", lambda task, problem, reply: float(len(str(reply)) % 2))
+        patch.setattr(common.Task, "reward", odd_length)
         yield
 
 
@@ -305,6 +311,33 @@ def test_two_ranks_learn_what_one_learns_pitfall_14(here, torchrun, tmp_path):
         for one, many in zip(curves[1], curves[world], strict=True):
             assert abs(one - many) <= 1e-4 * one
         assert bpbs[world] == pytest.approx(bpbs[1], rel=1e-4)
+
+
+RANKS = """
+import sys
+sys.path.insert(0, "tests")
+import test_pipeline
+from tasks import common
+common.Task.reward = test_pipeline.odd_length
+stages = {"sft": (test_pipeline.chat_sft, test_pipeline.SFT), "rl": (test_pipeline.chat_rl, test_pipeline.RL)}
+stage, cfg = stages[sys.argv[1]]
+stage.main(cfg)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "figure"), [("sft", "loss"), ("rl", "grad_norm")])
+def test_two_ranks_fine_tune_and_reinforce_as_one_does_pitfall_14(here, torchrun, tmp_path, source, figure):
+    base = tmp_path / "two"
+    for name in ("tokenizer", *(checkpoint.FOLDERS[earlier] for earlier in ("base", "sft"))):
+        shutil.copytree(here / name, base / name)
+    torchrun(2, code=RANKS, args=[source], env={"NANOCHAT_BASE_DIR": str(base)})
+    records = [record.read(root / checkpoint.FOLDERS[source] / "tiny" / "record.jsonl") for root in (here, base)]
+    one, two = ([row for row in rows if row["kind"] == "step"] for rows in records)
+    assert len(one) == len(two) >= 3 and one[0][figure] > 0
+    for a, b in zip(one, two, strict=True):
+        assert abs(a[figure] - b[figure]) <= 1e-4 * a[figure] and a["targets"] == b["targets"]
+        assert a.get("taught") == b.get("taught") and a.get("reward") == b.get("reward")
 
 
 def test_grouped_heads_are_reachable_from_the_command_line_pitfall_25(here):
