@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, record, train
+from nanochat import checkpoint, cli, record, train
 from nanochat.errors import UserError
 from scripts import base_eval, base_train, bench_text, chat_eval, chat_rl, chat_sft, report, tok_train
 from tasks import common
@@ -79,17 +79,59 @@ def test_each_stage_leaves_a_complete_checkpoint_and_a_record(here):
     assert losses[-1] < losses[0]  # it learns, if only a little
 
 
-def test_the_last_checkpoint_is_saved_before_anything_is_evaluated_pitfall_1(base_dir, trained, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(trained))
-    cfg = dataclasses.replace(BASE, model_tag="evalfails", save_every=-1, eval_every=-1, num_iterations=1)
+@pytest.mark.parametrize(
+    ("stage", "cfg", "source", "evaluation"),
+    [
+        (base_train, BASE, "base", "bpb"),
+        (chat_sft, dataclasses.replace(SFT, chatcore_every=1, eval_tokens=0), "sft", "chat_core"),
+        (chat_rl, dataclasses.replace(RL, eval_every=100), "rl", "evaluate"),
+    ],
+)
+def test_the_last_checkpoint_is_saved_before_anything_is_evaluated_pitfall_1(
+    here, tmp_path, monkeypatch, stage, cfg, source, evaluation
+):
+    for name in ("tokenizer", "base_checkpoints", "chatsft_checkpoints"):
+        shutil.copytree(here / name, tmp_path / name)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    real, steps = getattr(stage, evaluation), []
 
-    def broken(*args, **kwargs):
+    def breaks_at_the_end(*args, **kwargs):
+        if checkpoint.complete_steps(checkpoint.folder(source) / "tiny") != [1]:
+            return real(*args, **kwargs)  # that of the model it starts from
+        steps.append(1)
         raise RuntimeError("the evaluation broke")
 
-    monkeypatch.setattr(base_train, "bpb", broken)
-    with pytest.raises(RuntimeError):
-        base_train.main(cfg)
-    assert checkpoint.complete_steps(checkpoint.folder("base") / "evalfails") == [1]
+    monkeypatch.setattr(stage, evaluation, breaks_at_the_end)
+    with pytest.raises(RuntimeError, match="the evaluation broke"):
+        stage.main(dataclasses.replace(cfg, save_every=-1, num_iterations=1))
+    assert steps == [1]
+
+
+PUBLISHED = {  # every flag of the published scripts (July 2026) in their forms
+    base_train: "--run dummy --device-type= --fp8 --fp8-recipe tensorwise --depth 20 --aspect-ratio 64 --head-dim 128 "
+    "--max-seq-len 2048 --window-pattern SSSL --num-iterations -1 --target-flops -1 --target-param-data-ratio 12 "
+    "--device-batch-size 32 --total-batch-size -1 --embedding-lr 0.3 --unembedding-lr 0.008 --weight-decay 0.28 "
+    "--matrix-lr 0.02 --scalar-lr 0.5 --warmup-steps 40 --warmdown-ratio 0.65 --final-lr-frac 0.05 "
+    "--resume-from-step -1 --eval-every 250 --eval-tokens 41943040 --core-metric-every 2000 "
+    "--core-metric-max-per-task 500 --sample-every 2000 --save-every -1 --model-tag d20",
+    base_eval: "--eval core,bpb,sample --model-tag d20 --step 1 --max-per-task -1 --device-batch-size 32 "
+    "--split-tokens 20971520 --device-type cpu",
+    chat_sft: "--run dummy --device-type= --model-tag d20 --model-step 1 --load-optimizer 1 --num-iterations -1 "
+    "--max-seq-len 2048 --device-batch-size 32 --total-batch-size 524288 --embedding-lr 0.3 --unembedding-lr 0.004 "
+    "--matrix-lr 0.02 --init-lr-frac 0.8 --warmup-ratio 0 --warmdown-ratio 0.5 --final-lr-frac 0 --eval-every 200 "
+    "--eval-tokens 20971520 --chatcore-every 200 --chatcore-max-cat -1 --chatcore-max-sample 24 --mmlu-epochs 3 "
+    "--gsm8k-epochs 4",
+    chat_rl: "--run dummy --device-type= --model-tag d20 --model-step 1 --num-epochs 1 --device-batch-size 8 "
+    "--examples-per-step 16 --num-samples 16 --max-new-tokens 256 --temperature 1.0 --top-k 50 --embedding-lr 0.2 "
+    "--unembedding-lr 0.004 --matrix-lr 0.02 --weight-decay 0 --init-lr-frac 0.05 --eval-every 60 --eval-examples 400 "
+    "--save-every 60",
+    chat_eval: "-i sft -a GSM8K|MMLU -t 0.0 -m 512 -n 1 -k 50 -b 8 -g d20 -s 1 -x 10 --device-type cpu",
+}
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_published_flags_are_taken_and_pass_the_checks(stage):
+    stage.check(cli.parse(stage.Config, PUBLISHED[stage].split()))
 
 
 @pytest.mark.parametrize(
