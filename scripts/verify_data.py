@@ -24,7 +24,6 @@ from nanochat.tokenizer import Tokenizer, tokenizer_path
 LONG_LINE = 80  # characters from which a line is worth comparing
 SHARED_LINES = 0.5  # share of a validation document's long lines found in training from which it counts as known
 EMPTY_SHARE, DUPLICATE_SHARE = 0.01, 0.05  # of all documents: more than that is a problem and not a note
-NAMED = 3  # examples shown of a kind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 
 from nanochat import cli, dataset, record, tools
 from nanochat.errors import UserError
-from scripts import series, tree
+from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft, series, tree
 from tasks.customjson import CustomJSON
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,3 +236,30 @@ def test_the_series_reads_records_and_leaves_unfinished_runs_out_pitfall_47(base
     (row,) = series.main(series.Config(prefix="s_", output=str(base_dir / "s.csv")))["rows"]
     assert (row["tag"], row["depth"], row["scaling_parameters"], row["val_bpb"]) == ("s_d4", 4, 5, 1.5)
     assert (base_dir / "s.csv").read_text().count("\n") == 2
+
+
+PUBLISHED = {  # every flag of the published scripts (July 2026) in their forms
+    base_train: "--run dummy --device-type= --fp8 --fp8-recipe tensorwise --depth 20 --aspect-ratio 64 --head-dim 128 "
+    "--max-seq-len 2048 --window-pattern SSSL --num-iterations -1 --target-flops -1 --target-param-data-ratio 12 "
+    "--device-batch-size 32 --total-batch-size -1 --embedding-lr 0.3 --unembedding-lr 0.008 --weight-decay 0.28 "
+    "--matrix-lr 0.02 --scalar-lr 0.5 --warmup-steps 40 --warmdown-ratio 0.65 --final-lr-frac 0.05 "
+    "--resume-from-step -1 --eval-every 250 --eval-tokens 41943040 --core-metric-every 2000 "
+    "--core-metric-max-per-task 500 --sample-every 2000 --save-every -1 --model-tag d20",
+    base_eval: "--eval core,bpb,sample --model-tag d20 --step 1 --max-per-task -1 --device-batch-size 32 "
+    "--split-tokens 20971520 --device-type cpu",
+    chat_sft: "--run dummy --device-type= --model-tag d20 --model-step 1 --load-optimizer 1 --num-iterations -1 "
+    "--max-seq-len 2048 --device-batch-size 32 --total-batch-size 524288 --embedding-lr 0.3 --unembedding-lr 0.004 "
+    "--matrix-lr 0.02 --init-lr-frac 0.8 --warmup-ratio 0 --warmdown-ratio 0.5 --final-lr-frac 0 --eval-every 200 "
+    "--eval-tokens 20971520 --chatcore-every 200 --chatcore-max-cat -1 --chatcore-max-sample 24 --mmlu-epochs 3 "
+    "--gsm8k-epochs 4",
+    chat_rl: "--run dummy --device-type= --model-tag d20 --model-step 1 --num-epochs 1 --device-batch-size 8 "
+    "--examples-per-step 16 --num-samples 16 --max-new-tokens 256 --temperature 1.0 --top-k 50 --embedding-lr 0.2 "
+    "--unembedding-lr 0.004 --matrix-lr 0.02 --weight-decay 0 --init-lr-frac 0.05 --eval-every 60 --eval-examples 400 "
+    "--save-every 60",
+    chat_eval: "-i sft -a GSM8K|MMLU -t 0.0 -m 512 -n 1 -k 50 -b 8 -g d20 -s 1 -x 10 --device-type cpu",
+}
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_published_flags_are_taken_and_pass_the_checks(stage):
+    stage.check(cli.parse(stage.Config, PUBLISHED[stage].split()))

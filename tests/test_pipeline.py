@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_core_eval import write_bundle
 
-from nanochat import checkpoint, cli, record, train
+from nanochat import checkpoint, record, train
 from nanochat.errors import UserError
 from scripts import base_eval, base_train, bench_text, chat_eval, chat_rl, chat_sft, report, tok_train
 from tasks import common
@@ -105,33 +106,6 @@ def test_the_last_checkpoint_is_saved_before_anything_is_evaluated_pitfall_1(
     with pytest.raises(RuntimeError, match="the evaluation broke"):
         stage.main(dataclasses.replace(cfg, save_every=-1, num_iterations=1))
     assert steps == [1]
-
-
-PUBLISHED = {  # every flag of the published scripts (July 2026) in their forms
-    base_train: "--run dummy --device-type= --fp8 --fp8-recipe tensorwise --depth 20 --aspect-ratio 64 --head-dim 128 "
-    "--max-seq-len 2048 --window-pattern SSSL --num-iterations -1 --target-flops -1 --target-param-data-ratio 12 "
-    "--device-batch-size 32 --total-batch-size -1 --embedding-lr 0.3 --unembedding-lr 0.008 --weight-decay 0.28 "
-    "--matrix-lr 0.02 --scalar-lr 0.5 --warmup-steps 40 --warmdown-ratio 0.65 --final-lr-frac 0.05 "
-    "--resume-from-step -1 --eval-every 250 --eval-tokens 41943040 --core-metric-every 2000 "
-    "--core-metric-max-per-task 500 --sample-every 2000 --save-every -1 --model-tag d20",
-    base_eval: "--eval core,bpb,sample --model-tag d20 --step 1 --max-per-task -1 --device-batch-size 32 "
-    "--split-tokens 20971520 --device-type cpu",
-    chat_sft: "--run dummy --device-type= --model-tag d20 --model-step 1 --load-optimizer 1 --num-iterations -1 "
-    "--max-seq-len 2048 --device-batch-size 32 --total-batch-size 524288 --embedding-lr 0.3 --unembedding-lr 0.004 "
-    "--matrix-lr 0.02 --init-lr-frac 0.8 --warmup-ratio 0 --warmdown-ratio 0.5 --final-lr-frac 0 --eval-every 200 "
-    "--eval-tokens 20971520 --chatcore-every 200 --chatcore-max-cat -1 --chatcore-max-sample 24 --mmlu-epochs 3 "
-    "--gsm8k-epochs 4",
-    chat_rl: "--run dummy --device-type= --model-tag d20 --model-step 1 --num-epochs 1 --device-batch-size 8 "
-    "--examples-per-step 16 --num-samples 16 --max-new-tokens 256 --temperature 1.0 --top-k 50 --embedding-lr 0.2 "
-    "--unembedding-lr 0.004 --matrix-lr 0.02 --weight-decay 0 --init-lr-frac 0.05 --eval-every 60 --eval-examples 400 "
-    "--save-every 60",
-    chat_eval: "-i sft -a GSM8K|MMLU -t 0.0 -m 512 -n 1 -k 50 -b 8 -g d20 -s 1 -x 10 --device-type cpu",
-}
-
-
-@pytest.mark.parametrize("stage", PUBLISHED)
-def test_published_flags_are_taken_and_pass_the_checks(stage):
-    stage.check(cli.parse(stage.Config, PUBLISHED[stage].split()))
 
 
 @pytest.mark.parametrize(
@@ -262,6 +236,21 @@ def test_rolling_back_without_a_checkpoint_is_a_sentence(here, monkeypatch):
     cfg = dataclasses.replace(BASE, num_iterations=22, save_every=-1, eval_tokens=0, model_tag="nowhere", spike=8.0)
     with pytest.raises(UserError, match=r"the loss is 50.*no checkpoint to go back to: set --save-every"):
         base_train.main(dataclasses.replace(cfg, spike_action="rollback"))
+
+
+def test_core_and_samples_are_taken_while_training_and_chatcore_while_fine_tuning(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE", str(write_bundle(tmp_path)))
+    cfg = dataclasses.replace(BASE, num_iterations=4, eval_tokens=0, core_metric_every=3, core_metric_max_per_task=4,
+                              sample_every=2, model_tag="watched")  # fmt: skip
+    assert "core" in base_train.main(cfg)
+    rows = record.read(here / "base_checkpoints" / "watched" / "record.jsonl")
+    assert [row["step"] for row in rows if row.get("core_tasks")] == [3, 4]  # the last step always
+    assert [row["step"] for row in rows if row["kind"] == "sample"] == [2] * 7 + [4] * 7
+    cfg = dataclasses.replace(SFT, model_tag="watched", num_iterations=2, eval_tokens=0, chatcore_every=1,
+                              chatcore_max_cat=4, chatcore_max_sample=2)  # fmt: skip
+    assert {"facts", "choice", "sums", "chatcore"} <= chat_sft.main(cfg).keys()
+    rows = record.read(here / "chatsft_checkpoints" / "watched" / "record.jsonl")
+    assert [row["step"] for row in rows if "chatcore" in row and row["kind"] == "eval"] == [1, 2]
 
 
 def test_base_and_chat_evaluations_write_what_they_measured(here):

@@ -25,7 +25,6 @@ from nanochat.serve.pool import Busy, Item, Pool, Ticket
 from nanochat.serve.renderer import Renderer
 
 FAILED = "The model failed: try again."
-LATE = "The reply took longer than this server allows."
 logger = logging.getLogger("nanochat.serve")
 
 
