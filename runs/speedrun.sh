@@ -72,8 +72,10 @@ gpus() {
     stage base_eval "${launch[@]}" scripts.base_eval -- --device-batch-size="$rows"
     stage chat_sft "${launch[@]}" scripts.chat_sft -- --run="$run" --device-batch-size="$rows" --resume
     stage chat_eval_sft "${launch[@]}" scripts.chat_eval -- -i sft
+    stage chat_rl "${launch[@]}" scripts.chat_rl -- --run="$run" --num-iterations="${RL_STEPS:-100}" --resume
+    stage chat_eval_rl "${launch[@]}" scripts.chat_eval -- -i rl
     python -m scripts.report
-    echo "Done. Talk to it: source .venv/bin/activate && python -m scripts.chat_cli   (or: python -m scripts.chat_web)"
+    echo "Done. Talk to it: source .venv/bin/activate && python -m scripts.chat_cli -i rl   (or: python -m scripts.chat_web)"
 }
 
 count=0

@@ -59,6 +59,24 @@ def test_every_training_stage_can_go_on(tmp_path):
     assert len(trained) == 3 and all("--resume" in call and "--save-every" in call for call in trained)
 
 
+def test_a_node_of_gpus_chains_the_same_stages_over_all_of_them(tmp_path):
+    card = tmp_path / "bin" / "nvidia-smi"
+    card.parent.mkdir()
+    card.write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i; done\n")
+    card.chmod(0o755)
+    cards = {"PATH": f"{card.parent}:{os.environ['PATH']}", "BASH_FUNC_torchrun%%": PYTHON, "POCKET": ""}
+    status, calls = speedrun(tmp_path, **cards)
+    assert status == 0
+    told = [call for call in calls if "nanochat.dataset" not in call]  # the shards arrive beside the tokenizer
+    assert len(calls) - len(told) == 2
+    launched = [
+        call.split(" -m ")[1].split()[0] for call in told if call.startswith("--standalone --nproc_per_node=8 ")
+    ]
+    assert launched == [f"scripts.{name}" for name in STAGES[1:7]]
+    assert "--depth=24" in next(call for call in told if "base_train" in call)
+    assert stages(told[:2]) == ["tok_train", "tok_eval"] and stages(told[-1:]) == ["report"]
+
+
 # -- scripts.bench_recipe_kill, on a recipe whose python only writes "weights" ---------------------------------------
 
 WRITES = """() { case "$2" in
