@@ -63,7 +63,7 @@ class Config:
     warmup: float = 5.0  # seconds before counting begins
     turns: int = 3  # of a chat
     words: int = 25  # of a question, about
-    max_tokens: int = 64  # of a reply; random weights seldom end one sooner
+    max_tokens: int = 96  # of a reply; random weights seldom end one sooner
     pause: float = 2.0  # mean seconds between a reply and the next question (open, soak)
     workers: int = 1  # engine processes (scaling: 1 and 2)
     slots: int = 32  # replies made together by one
@@ -97,8 +97,9 @@ def check(cfg: Config) -> None:
 def make_model(cfg: Config, base: Path) -> None:
     """A checkpoint of random weights, and a tokenizer of its size, in an artefact folder of their own."""
     ranks = [bytes([i]) for i in range(256)]
-    ranks += [bytes([a, b]) for a in range(97, 123) for b in range(256)]
-    ranks += [bytes([a, b]) for a in range(256) for b in range(256) if not 97 <= a < 123]
+    for word in sorted({f" {word}".encode() for word in SYSTEM.split() + WORDS}):  # each word is a token, as in a chat
+        ranks += [word[:end] for end in range(2, len(word) + 1) if word[:end] not in ranks]
+    ranks += [pair for pair in (bytes([a, b]) for a in range(256) for b in range(256)) if pair not in ranks]
     tokenizer = Tokenizer.from_ranks(ranks[: cfg.vocab_size - 9])
     tokenizer.save(base / "tokenizer")
     heads = cfg.width // 64
@@ -140,6 +141,12 @@ class Server:
         front = psutil.Process(self.process.pid)
         engines = sum(child.memory_info().rss for child in front.children(recursive=True))
         return {"front": front.memory_info().rss / 2**20, "engines": engines / 2**20}
+
+    def cpu(self) -> dict[str, float]:
+        """Seconds of processor time so far: the front, all engine processes together, and the clients."""
+        front = psutil.Process(self.process.pid)
+        each = {"front": [front], "engines": front.children(recursive=True), "clients": [psutil.Process()]}
+        return {name: sum(sum(p.cpu_times()[:2]) for p in those) for name, those in each.items()}
 
     def stop(self) -> None:
         """End it as an operator does."""
@@ -276,7 +283,7 @@ async def run(cfg: Config, server: Server, rate: float | None = None) -> dict:
     await server.ready()
     load = Load(cfg, server.port)
     watchers = [asyncio.create_task(load.watch_health()), asyncio.create_task(load.watch_memory(server))]
-    end = cfg.warmup + cfg.seconds
+    end, before = cfg.warmup + cfg.seconds, server.cpu()
     if rate is None:
         clients = [asyncio.create_task(client(cfg, load, i, end)) for i in range(cfg.clients)]
     else:
@@ -284,8 +291,11 @@ async def run(cfg: Config, server: Server, rate: float | None = None) -> dict:
     await asyncio.gather(*clients)
     for watcher in watchers:
         watcher.cancel()
+    made = max(1, sum(request.tokens for request in load.requests))
     return {"clients" if rate is None else "chats_per_second": cfg.clients if rate is None else rate,
-            **figures(cfg, load), "engines": [w["engine"] for w in (await stats(server.port))["workers"]]}  # fmt: skip
+            **figures(cfg, load),
+            "cpu_us_per_token": {name: round(1e6 * (used - before[name]) / made, 1) for name, used in server.cpu().items()},
+            "engines": [w["engine"] for w in (await stats(server.port))["workers"]]}  # fmt: skip
 
 
 async def client(cfg: Config, load: Load, number: int, end: float) -> None:

@@ -8,8 +8,8 @@
 
 An item is {"t": ticket, "r": reply, "p": [[kind, text] ...]}, with "l" (tokens and log probabilities) where asked, and
 "end" (why, how many tokens, the parts) on a reply's last. A thread reads; the loop applies what it read between two
-steps, so a cancelled reply gets no token beyond the one being made. Text that comes within FLUSH_SECONDS travels
-together, but for a reply's first and last. A failing step ends the replies it served, and MAX_FAILURES in a row the
+steps, so a cancelled reply gets no token beyond the one being made. Text that comes within FLUSH_SECONDS (longer
+where many replies are made) travels together, but for a reply's first and last. A failing step ends the replies it served, and MAX_FAILURES in a row the
 process. The end of the input ends it too: no engine outlives its server.
 """
 
@@ -34,6 +34,7 @@ from nanochat.serve import wire
 from nanochat.streaming import ReplyStream, StopFinder
 
 FLUSH_SECONDS = 0.02  # no eye sees the difference, and the front handles fewer, larger pieces
+FLUSH_SHARE = 0.0015  # or so many seconds for each reply in flight: no more than some 700 pieces a second in all
 STATS_SECONDS = 0.25
 MAX_FAILURES = 3  # steps that fail in a row, before the process gives up and the front starts another
 
@@ -201,7 +202,8 @@ class Worker:
     def _flush(self) -> None:
         """Send what is due."""
         now = time.monotonic()
-        everything = now - self.flushed >= FLUSH_SECONDS or not self.engine.busy
+        wait = max(FLUSH_SECONDS, FLUSH_SHARE * len(self.replies))
+        everything = now - self.flushed >= wait or not self.engine.busy
         due = [reply for reply in self.pending if everything or reply.urgent]
         if everything:
             self.flushed = now
