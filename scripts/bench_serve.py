@@ -292,9 +292,9 @@ async def run(cfg: Config, server: Server, rate: float | None = None) -> dict:
     for watcher in watchers:
         watcher.cancel()
     made = max(1, sum(request.tokens for request in load.requests))
+    cpu = {name: round(1e6 * (used - before[name]) / made, 1) for name, used in server.cpu().items()}
     return {"clients" if rate is None else "chats_per_second": cfg.clients if rate is None else rate,
-            **figures(cfg, load),
-            "cpu_us_per_token": {name: round(1e6 * (used - before[name]) / made, 1) for name, used in server.cpu().items()},
+            **figures(cfg, load), "cpu_us_per_token": cpu,
             "engines": [w["engine"] for w in (await stats(server.port))["workers"]]}  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 import gc
 
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
 from pydantic import ValidationError
 from serve_rig import serving, until
 
@@ -33,6 +35,23 @@ def test_dawdlers_half_closed_and_many_connects_leave_nothing_behind(rig, monkey
     until(lambda: not state.connections and len(state.tasks) == tasks and rig.load == 0, 10)
     assert rig.desk.clients.seen["127.0.0.1"].replies == 0
     assert not rig.pool.workers[0].tickets and not rig.threads[0].worker.replies
+
+
+@pytest.mark.slow
+def test_what_the_schema_allows_and_forbids_is_never_a_server_error(rig):
+    schema = schemathesis.openapi.from_url(rig.url + "/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {operation.path for operation in operations} >= {"/chat/completions", "/v1/chat/completions", "/render"}
+    for operation in operations:
+
+        @settings(max_examples=8, deadline=None, database=None, phases=[Phase.generate], derandomize=True,
+                  suppress_health_check=list(HealthCheck))  # fmt: skip
+        @given(case=operation.as_strategy())
+        def check(case):
+            assert case.call(timeout=20).status_code < 500
+
+        check()
+    until(lambda: rig.load == 0)
 
 
 def test_a_fault_in_each_of_many_items_costs_no_time():

@@ -171,10 +171,18 @@ def test_completions_have_bounds(hello):
         {"prompt": "x", "suffix": "y"},
         {"prompt": "x", "logprobs": 21},
         {"prompt": [[1, 2], [-1]]},
+        {"prompt": [[1, 2], [10**9]]},
         {"prompt": "x" * 32001},
     ):
         with pytest.raises(openai.BadRequestError):
             hello.completions.create(model="test", **body)
+
+
+def test_a_wrong_id_in_a_later_prompt_is_refused_before_anything_begins():
+    with serving() as rig, client(rig) as made:
+        with pytest.raises(openai.BadRequestError, match="vocabulary"):
+            made.completions.create(model="test", prompt=[[1, 2], [TOKENIZER.vocab_size]])
+        assert rig.engine.stats().prompt_tokens == 0
 
 
 def test_errors_have_openai_s_classes():

@@ -75,6 +75,8 @@ async def complete_text(desk: Desk, ask: asks.CompletionAsk, request: Request):
     if scored and ask.stream:
         raise UserError("echo with logprobs can't be streamed: leave out stream.")
     ids = [encode(desk.tokenizer, prompt) for prompt in ask.prompts()]
+    if (highest := max(map(max, ids))) >= desk.tokenizer.vocab_size:  # before any prompt is begun
+        raise UserError(f"Token id {highest} of a prompt is beyond the vocabulary of {desk.tokenizer.vocab_size}.")
     ticket = desk.open_ticket(request, model, ids, sampling, ask.n or 1)
     items, rest = await desk.first(ticket, request)
     texts = [desk.tokenizer.decode(shown_prompt(desk.tokenizer, prompt)) if ask.echo else "" for prompt in ids]

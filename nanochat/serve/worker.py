@@ -8,9 +8,9 @@
 
 An item is {"t": ticket, "r": reply, "p": [[kind, text] ...]}, with "l" (tokens and log probabilities) where asked, and
 "end" (why, how many tokens, the parts) on a reply's last. A thread reads; the loop applies what it read between two
-steps, so a cancelled reply gets no token beyond the one being made. Text that comes within FLUSH_SECONDS (longer
-where many replies are made) travels together, but for a reply's first and last. A failing step ends the replies it served, and MAX_FAILURES in a row the
-process. The end of the input ends it too: no engine outlives its server.
+steps, so a cancelled reply gets no token beyond the one being made. Text that comes within FLUSH_SECONDS (longer where
+many replies are made) travels together, but for a reply's first and last. A failing step ends the replies it served,
+and MAX_FAILURES in a row the process. The end of the input ends it too: no engine outlives its server.
 """
 
 from __future__ import annotations
