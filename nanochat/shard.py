@@ -19,14 +19,22 @@ import torch
 import torch.distributed as dist
 
 from nanochat import rules
+from nanochat.banks import AdamBank, MuonBank
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
+
+KINDS = ("optimizer", "full")  # what --shard shares out over the ranks: moments (nanochat/banks.py), or all
+
+
+def cradle(kind: str, runtime: Runtime) -> torch.device:
+    """Where to build a model: on the CPU if it will be sharded, since whole it may not fit the device."""
+    return torch.device("cpu") if kind == "full" else runtime.device
 
 
 def apply(model: torch.nn.Module, runtime: Runtime) -> None:
     """Shard a GPT whose values are set, in place: each block and each value table is gathered by itself, then the rest.
 
-    Build the model on the CPU where it does not fit the device: blocks move over one at a time.
+    Blocks move over to the device one at a time.
     """
     if runtime.world == 1:
         raise UserError("--shard=full shares a model out over ranks, but there is only one: start it with torchrun.")
@@ -166,22 +174,12 @@ class MuonParts(Parts):
         dist.all_to_all_single(got, sent, back, out)
         return got.view(len(self.params), self.heights[self.runtime.rank], self.shape[1])
 
-    def state(self):
-        """(name, whole tensor) of every moment of every matrix; collective."""
+    def parts(self) -> list[tuple[int, int, int, int]]:
+        """(owner, matrix, first element, end) of every matrix."""
         owners = [rank for rank, share in enumerate(self.shares) for _ in range(share)]
-        for i, owner in enumerate(owners):
-            for kind, stack in self.moments.items():
-                tensor = stack[i - self.own.start] if i in self.own else stack.new_empty(stack.shape[1:])
-                dist.broadcast(tensor, owner)
-                yield f"{self.names[i]}.{kind}", tensor
+        return [(owner, i, 0, self.shape.numel()) for i, owner in enumerate(owners)]
 
-    def load(self, state):
-        for kind, stack in self.moments.items():
-            for i, moment in zip(self.own, stack, strict=True):
-                moment.copy_(state[f"{self.names[i]}.{kind}"])
-
-    def shapes(self):
-        return {f"{name}.{kind}": stack.shape[1:] for kind, stack in self.moments.items() for name in self.names}
+    state, load, shapes = MuonBank.state, MuonBank.load, MuonBank.shapes  # owners keep whole matrices there too
 
 
 class AdamParts(Parts):
@@ -216,5 +214,4 @@ class AdamParts(Parts):
             for name, p, moment in zip(self.names, self.params, own, strict=True):
                 moment.copy_(state[f"{name}.{kind}"][rows_of(p)])
 
-    def shapes(self):
-        return {f"{name}.{kind}": p.shape for kind in self.moments for name, p in zip(self.names, self.params)}
+    shapes = AdamBank.shapes

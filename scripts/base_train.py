@@ -192,8 +192,8 @@ def check(cfg: Config) -> None:
         problems.append(f"--compile={cfg.compile} is unknown: use auto, on or off.")
     if cfg.fp8 and cfg.fp8_recipe != "tensorwise":
         problems.append(f"--fp8-recipe={cfg.fp8_recipe} is not offered: tensorwise is (rowwise is slower than bf16).")
-    if cfg.shard not in ("optimizer", "full"):
-        problems.append(f"--shard={cfg.shard} is unknown: use optimizer or full.")
+    if cfg.shard not in shard.KINDS:
+        problems.append(f"--shard={cfg.shard} is unknown: use {' or '.join(shard.KINDS)}.")
     if cfg.fp8 and cfg.shard == "full":
         problems.append("--fp8 and --shard=full don't go together: choose one.")
     if cfg.spike_action not in ("skip", "rollback"):
@@ -205,7 +205,7 @@ def check(cfg: Config) -> None:
 
 def build(plan: scaling.Plan, cfg: Config, rt: runtime.Runtime, attend) -> GPT:
     """A model with fresh weights, alike on all ranks, its matmuls in fp8 if asked."""
-    with torch.device("cpu" if cfg.shard == "full" else rt.device):  # whole it may not fit the device
+    with torch.device(shard.cradle(cfg.shard, rt)):
         model = GPT(plan.config, attend=attend)
     model.init_weights(cfg.seed)
     model.compute_dtype, model.recompute = rt.dtype, cfg.recompute

@@ -13,6 +13,7 @@ that has torch loaded, so that a life costs about a second. One JSON row a life 
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -34,7 +35,7 @@ WORLD = 2
 IN_SAVE = 0.6  # share of the kills that wait for a save to begin
 ASK_AFTER = 5.0  # seconds after which the ranks left over are sent SIGTERM
 SHAPE = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--window-pattern=L",
-         "--device-batch-size=2", "--total-batch-size=512", "--core-metric-every=-1", "--sample-every=-1"]  # fmt: skip
+         "--device-batch-size=2", "--total-batch-size=256", "--core-metric-every=-1", "--sample-every=-1"]  # fmt: skip
 STAGES = {  # stage: module, flags; each starts from the one before
     "base": ("scripts.base_train", [*SHAPE, "--num-iterations=24", "--eval-tokens=0", "--save-every=3", "--model-tag=k",
                                     "--compile=off"]),
@@ -122,6 +123,8 @@ def warm_up() -> None:
         del sys.modules[module]  # it is run, not imported, later
     dataset.open_corpus("tinyworld")
     common.Task.reward = lambda task, problem, reply: float(len(str(reply)) % 2)
+    gc.collect()
+    gc.freeze()  # what is there stays: each rank's first collection would go through all of torch
 
 
 def home(lab: Lab, stage: str, trial: bool) -> Path:

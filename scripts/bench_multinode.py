@@ -2,11 +2,11 @@
 
     sudo python -m scripts.bench_multinode --output=dev/bench/2026-11-25_multinode.json    # about 3 minutes, 2 cores
 
-Each host is a network namespace with a torchrun agent of its own (`ip netns`, so root is needed; they meet over a veth
-pair) and a disk of its own: NANOCHAT_BASE_DIR is not shared, so a checkpoint exists only where rank 0 ran and must be
-sent. A host is killed with SIGKILL, agent and workers at once, and started again with the very same command; the other
-host's agent restarts its worker and waits (c10d rendezvous). Compared: the final weights with those of a run that was
-left alone, bit for bit, and the loss of every step that was taken twice.
+Each host is a network namespace (`ip netns`, so root is needed; they meet over a veth pair) that runs the recipe,
+runs/multinode.sh, and has a disk of its own: NANOCHAT_BASE_DIR is not shared, so a checkpoint exists only where rank 0
+ran and must be sent. A host is killed with SIGKILL, agent and workers at once, and started again with the very same
+command; the other host's agent restarts its worker and waits (c10d rendezvous). Compared: the final weights with those
+of a run that was left alone, bit for bit, and the loss of every step that was taken twice.
 """
 
 import dataclasses
@@ -29,11 +29,12 @@ from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # this Python's torchrun
 ADDRESS = "10.77.{}.{}"  # of a pair of hosts: network, host 1 or 2
 TRAIN = (
     "--dataset=tinyworld --depth=2 --aspect-ratio=16 --head-dim=16 --max-seq-len=64 --window-pattern=L --compile=off "
     "--device-batch-size=4 --total-batch-size=512 --eval-every=-1 --eval-tokens=0 --core-metric-every=-1 "
-    "--sample-every=-1 --keep=-1 --model-tag=hosts --resume"
+    "--sample-every=-1 --keep=-1 --model-tag=hosts"
 )
 
 
@@ -72,18 +73,12 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
     def start(self, host: int, base: Path, cfg: Config, log: Path) -> subprocess.Popen:
-        """An agent on one host, in a process group of its own, with its workers."""
-        agent = [
-            "--nnodes=2", "--nproc_per_node=1", "--max-restarts=20", "--rdzv-backend=c10d", "--rdzv-id=nanochat",
-            f"--rdzv-endpoint={self.ips[0]}:29400", f"--local-addr={self.ips[host]}", "--monitor-interval=0.3",
-            f"--rdzv-conf=is_host={int(host == 0)},keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=300",
-        ]  # fmt: skip
+        """The recipe on one host: an agent in a process group of its own, with its worker."""
         train = [*TRAIN.split(), f"--num-iterations={cfg.steps}", f"--save-every={cfg.save_every}"]
-        command = ["ip", "netns", "exec", self.names[host], sys.executable, "-m", "torch.distributed.run", *agent,
-                   "-m", "scripts.base_train", "--", *train]  # fmt: skip
-        env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "GLOO_SOCKET_IFNAME": self.wires[host],
-               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32",
-               "PYTHONPATH": str(ROOT)}  # fmt: skip
+        command = ["ip", "netns", "exec", self.names[host], "bash", "runs/multinode.sh", *train]
+        env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "GLOO_SOCKET_IFNAME": self.wires[host], "SKIP_SETUP": "1",
+               "HEAD": self.ips[0], "NODES": "2", "GPUS": "1", "HEARTBEAT": "1", "AGENT": "--monitor-interval=0.3",
+               "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32", "PYTHONPATH": str(ROOT), "PATH": PATH}  # fmt: skip
         with open(log, "a") as out:
             return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
 

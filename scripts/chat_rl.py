@@ -32,6 +32,7 @@ from nanochat import (
     saving,
     scaling,
     schedule,
+    shard,
     train,
     watch,
 )
@@ -52,6 +53,7 @@ class Config:
     model_tag: str = ""  # fine-tuned run to start from, and the name of this one; empty: the deepest
     model_step: int = -1  # its step; -1: the newest
     attention: str = "auto"  # backend
+    shard: str = "optimizer"  # over ranks: optimizer, or full: what learns too; replies are drawn by the whole model
     task: str = ""  # gsm8k or tinyworld; empty: by the model's corpus
     # horizon
     num_epochs: int = 1  # passes over the problems
@@ -108,6 +110,8 @@ def check(cfg: Config) -> None:
         problems.append("--num-samples=1 has no group to compare with: use 2 or more.")
     if cfg.task not in ("", "gsm8k", "tinyworld"):
         problems.append(f"--task={cfg.task} is unknown: use gsm8k or tinyworld, or leave it empty.")
+    if cfg.shard not in shard.KINDS:
+        problems.append(f"--shard={cfg.shard} is unknown: use {' or '.join(shard.KINDS)}.")
     refuse(problems + resume.problems(cfg))
     sampling(cfg, seed=0)  # refuses what no reply can be drawn with
 
@@ -159,14 +163,17 @@ def rows_of(rollouts: list[Rollout], device: torch.device) -> tuple[torch.Tensor
     return inputs.to(device), targets.to(device), weights.to(device)
 
 
-def learn(model, optimizer, rollouts: list[Rollout], cfg: Config, scale: float, device: torch.device) -> float:
+def learn(model, optimizer, rollouts: list[Rollout], cfg: Config, scale: float, rt: runtime.Runtime) -> float:
     """Backward of sum(advantage x negative log probability) x scale; returns the unscaled sum."""
-    total = 0.0
+    total, rows = 0.0, cfg.device_batch_size
     ordered = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.reply))  # like lengths together: little padding
-    for start in range(0, len(ordered), cfg.device_batch_size):
-        inputs, targets, weights = rows_of(ordered[start : start + cfg.device_batch_size], device)
+    batches = [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
+    if shard.sharded(model):  # all ranks gather its parts together, so whoever has fewer batches runs empty ones
+        batches += [[Rollout([0], [0], [0], 0.0)]] * (rt.max(len(batches)) - len(batches))
+    for number, batch in enumerate(batches):
+        inputs, targets, weights = rows_of(batch, rt.device)
         loss = (model(inputs, targets, reduction="none") * weights).sum()
-        optimizer.backward(loss * scale, last=start + cfg.device_batch_size >= len(ordered))
+        optimizer.backward(loss * scale, last=number + 1 == len(batches))
         total += float(loss.detach())
     return total
 
@@ -190,7 +197,10 @@ def main(cfg: Config) -> dict:
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
     # 2. model and tokenizer ------------------------------------------------------------------------------------------
     base = checkpoint.load(nodes.find("sft", cfg.model_tag or None, off(cfg.model_step), rt))
-    model, tokenizer, _ = checkpoint.build_model(base.path, device=rt.device, dtype=rt.dtype, attend=backend.attend)
+    device = shard.cradle(cfg.shard, rt)
+    model, tokenizer, _ = checkpoint.build_model(base.path, device=device, dtype=rt.dtype, attend=backend.attend)
+    if cfg.shard == "full":
+        shard.apply(model, rt)
     root = checkpoint.folder("rl") / base.path.parent.name
     # 3. problems -----------------------------------------------------------------------------------------------------
     problems, held_out = mixtures.rl(cfg.task or base.meta["dataset"]["dataset"])
@@ -246,7 +256,7 @@ def main(cfg: Config) -> dict:
                 )
             counts = [sum(map(sum, rewards)), sum(map(len, rewards)), len(rollouts), sum(sum(r.mask) for r in rollouts)]
             paid, drawn, taught, tokens = rt.sum(torch.tensor(counts, dtype=torch.float32, device=rt.device)).tolist()
-            loss = learn(model, optimizer, rollouts, cfg, at.scaler.scale * rt.world / max(tokens, 1), rt.device)
+            loss = learn(model, optimizer, rollouts, cfg, at.scaler.scale * rt.world / max(tokens, 1), rt)
             lr_mult, norm = schedule.rl_lr(step, steps), 0.0
             if tokens:  # some group had something to teach
                 norm = train.optimizer_step(

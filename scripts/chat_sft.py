@@ -30,6 +30,7 @@ from nanochat import (
     saving,
     scaling,
     schedule,
+    shard,
     train,
     watch,
 )
@@ -52,6 +53,7 @@ class Config:
     load_optimizer: int = 1  # 1: start with the moments of pretraining
     attention: str = "auto"  # backend
     compile: str = "auto"  # auto or on: torch.compile on CUDA, blocks by hand on CPU; off: neither
+    shard: str = "optimizer"  # over ranks: optimizer, or full: parameters and gradients too, if one device is too small
     # data
     identity: str = ""  # JSON-lines file of conversations about the model itself (tasks/customjson.py)
     mmlu_epochs: int = 3  # times MMLU's auxiliary questions are in the mixture
@@ -108,6 +110,8 @@ def check(cfg: Config) -> None:
             problems.append(f"--{name.replace('_', '-')}={getattr(cfg, name)} must lie in 0..1.")
     if cfg.spike_action not in ("skip", "rollback"):
         problems.append(f"--spike-action={cfg.spike_action} is unknown: use skip or rollback.")
+    if cfg.shard not in shard.KINDS:
+        problems.append(f"--shard={cfg.shard} is unknown: use {' or '.join(shard.KINDS)}.")
     refuse(problems + resume.problems(cfg))
 
 
@@ -122,7 +126,7 @@ def settle(cfg: Config, base: checkpoint.Checkpoint, rt: runtime.Runtime) -> dic
     }
     if sizes["rows"] == "auto":
         shape = GPTConfig(**plan["config"] | {"sequence_len": min(sizes["seq_len"], plan["config"]["sequence_len"])})
-        sizes["rows"] = scaling.auto_rows(shape, rt)
+        sizes["rows"] = scaling.auto_rows(shape, rt, shard=cfg.shard)
     rates = {n: pick(n, was[n]) for n in ("embedding_lr", "unembedding_lr", "matrix_lr")}
     if sizes["seq_len"] > plan["config"]["sequence_len"]:
         raise UserError(
@@ -163,7 +167,10 @@ def main(cfg: Config) -> dict:
     backend = attention.choose(rt.device, rt.dtype, cfg.attention)
     # 2. model and tokenizer ------------------------------------------------------------------------------------------
     base = checkpoint.load(nodes.find("base", cfg.model_tag or None, off(cfg.model_step), rt))
-    model, tokenizer, _ = checkpoint.build_model(base.path, device=rt.device, dtype=rt.dtype, attend=backend.attend)
+    device = shard.cradle(cfg.shard, rt)
+    model, tokenizer, _ = checkpoint.build_model(base.path, device=device, dtype=rt.dtype, attend=backend.attend)
+    if cfg.shard == "full":
+        shard.apply(model, rt)
     size = settle(cfg, base, rt)
     root = checkpoint.folder("sft") / base.path.parent.name
     # 3. data ---------------------------------------------------------------------------------------------------------

@@ -41,26 +41,36 @@ def shared_data():
     return path
 
 
-@pytest.fixture
-def torchrun(tmp_path):
-    """Run Python code, or `-m module args`, on n gloo ranks of this machine; returns the completed process.
+def finished(command, env, timeout):
+    """Run a command on gloo in the project's root; it must succeed."""
+    full = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
 
-    `torchrun(2, code="...")` or `torchrun(2, module="scripts.x", args=[...])`; `env` adds variables.
+
+@pytest.fixture
+def on_ranks(tmp_path):
+    """`on_ranks(3, code, arguments)`: Python code on so many gloo ranks; returns the completed process.
+
+    What `load` names is imported before the ranks are forked.
     """
 
-    def run(ranks, *, code=None, module=None, args=(), env=None, timeout=240, check=True):
-        if code is not None:
-            path = tmp_path / "ranks.py"
-            path.write_text(code)
-            target = [str(path)]
-        else:
-            target = ["-m", module]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        full = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
-        command = [*launcher, *target, *(["--"] if args and module else []), *map(str, args)]
-        done = subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, timeout=timeout, check=False)
-        if check:
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        return done
+    def run(ranks, code, args=(), *, load="nanochat.optim", env=None, timeout=600):
+        path = tmp_path / "ranks.py"
+        path.write_text(code)
+        return finished(["tests/forked.py", ranks, load, path, *args], env, timeout)
+
+    return run
+
+
+@pytest.fixture
+def torchrun():
+    """`torchrun(2, "scripts.x", arguments)`: a script as torchrun starts it, which costs seconds of imports a rank."""
+
+    def run(ranks, module, args=(), *, env=None, timeout=600):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        return finished([*launcher, "-m", module, "--", *args], env, timeout)
 
     return run

@@ -223,8 +223,8 @@ runtime.stop(rt)
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_asks_the_same_and_writes_one_file(engine, tmp_path, torchrun):
-    out = torchrun(3, code=RANKS.format(folder=str(tmp_path))).stdout
+def test_any_number_of_ranks_asks_the_same_and_writes_one_file(engine, tmp_path, on_ranks):
+    out = on_ranks(3, RANKS.format(folder=str(tmp_path))).stdout
     for task in (Choices(), Wishes()):
         path = tmp_path / "one.jsonl"
         one = chat_eval.evaluate(

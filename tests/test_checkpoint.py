@@ -125,8 +125,8 @@ runtime.stop(rt)
 
 
 @pytest.mark.slow
-def test_every_rank_writes_its_own_and_all_hear_of_a_failure(root, torchrun):
-    out = torchrun(2, code=RANKS, args=[str(root)]).stdout
+def test_every_rank_writes_its_own_and_all_hear_of_a_failure(root, on_ranks):
+    out = on_ranks(2, RANKS, [str(root)]).stdout
     assert "all told 0 True" in out and "all told 1 True" in out
     saved = checkpoint.load(root / "step_000004")
     assert saved.world == 2 and [s["me"] for s in saved.rank_states()] == [0, 1]

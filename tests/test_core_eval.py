@@ -364,10 +364,10 @@ runtime.stop(rt)
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_finds_the_same(tmp_path, torchrun):
+def test_any_number_of_ranks_finds_the_same(tmp_path, on_ranks):
     top = write_bundle(tmp_path)
     one = core_eval.evaluate(Bigrams(MODEL), Letters(), top, max_per_task=13, runtime=RT)
-    out = torchrun(3, code=RANKS.format(path=str(top))).stdout
+    out = on_ranks(3, RANKS.format(path=str(top))).stdout
     assert out.count(f"core {one['core']:.9f} {one['tasks']['choose']['accuracy']:.9f}") == 3, out
 
 

@@ -294,10 +294,10 @@ def test_all_problems_are_told_at_once():
 
 
 @pytest.mark.slow
-def test_collectives_over_gloo(torchrun):
-    torchrun(
+def test_collectives_over_gloo(on_ranks):
+    on_ranks(
         3,
-        code="""
+        """
 import torch
 from nanochat import runtime
 rt = runtime.start("cpu")

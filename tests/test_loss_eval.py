@@ -79,8 +79,8 @@ runtime.stop(rt)
 
 
 @pytest.mark.slow
-def test_ranks_add_up_pitfall_37(torchrun):
-    out = torchrun(3, code=RANKS).stdout
+def test_ranks_add_up_pitfall_37(on_ranks):
+    out = on_ranks(3, RANKS).stdout
     assert out.count(f"bpb {36 / (math.log(2) * 16):.12f}") == 3, out  # ranks hold 2, 1 and 1 rows
 
 

@@ -46,8 +46,8 @@ runtime.stop(rt)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_reaches_every_machine_whichever_has_it_pitfall_8(tmp_path, torchrun):
-    torchrun(2, code=PROGRAM, args=[str(tmp_path)])
+def test_a_checkpoint_reaches_every_machine_whichever_has_it_pitfall_8(tmp_path, on_ranks):
+    on_ranks(2, PROGRAM, [str(tmp_path)])
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one["found"] == two["found"] == "step_000009" and one["asked"] == two["asked"] == 5
     assert one["steps"] == two["steps"] == [5, 9] and one["sum"] == two["sum"]

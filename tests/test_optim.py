@@ -265,7 +265,7 @@ def train_some(model, rt, steps, optimizer=None, first=0):
 
 
 def rank_program(out):
-    """What each rank of the torchrun tests does; also run in this process as the world of one."""
+    """What each rank of the tests on several does; also run in this process as the world of one."""
     from safetensors.torch import save_file
 
     rt = runtime.start("cpu", 0)
@@ -317,13 +317,13 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_n_ranks_are_one_rank_pitfalls_9_12_14(world, alone, tmp_path, torchrun):
+def test_n_ranks_are_one_rank_pitfalls_9_12_14(world, alone, tmp_path, on_ranks):
     """fp64 1e-10 after a step, fp32 losses 1e-4 over 50; uneven shapes, gloo; state goes from N ranks to one."""
     from safetensors.torch import load_file
 
     out = tmp_path / "out"
     out.mkdir()
-    torchrun(world, code=PROGRAM, args=[str(out)])
+    on_ranks(world, PROGRAM, [str(out)])
     for name in ("double", "double_state"):
         one, many = load_file(alone / f"{name}.safetensors"), load_file(out / f"{name}.safetensors")
         assert one.keys() == many.keys()

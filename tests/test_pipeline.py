@@ -1,6 +1,7 @@
 """Every stage through its main(cfg) on a tiny model, from nothing to a chat; and the equalities a run must keep."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -315,32 +316,31 @@ def test_bad_depth_is_refused_after_the_tokenizer_but_before_any_file(here):
     assert sorted(p.name for p in (here / "base_checkpoints").iterdir()) == before
 
 
-def final_losses(base):
-    rows = record.read(base / "base_checkpoints" / "ranks" / "record.jsonl")
-    return [row["loss"] for row in rows if row["kind"] == "step"]
+RANKS = """
+import json, sys
+from scripts import base_train
+
+base_train.main(base_train.Config(**json.loads(sys.argv[1])))
+"""
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_learns_pitfall_14(here, torchrun, tmp_path):
-    flags = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--window-pattern=L",
-             "--total-batch-size=768", "--num-iterations=20", "--eval-tokens=1024", "--core-metric-every=-1",
-             "--sample-every=-1", "--compile=off", "--matrix-lr=0.0015", "--embedding-lr=0.015",
-             "--unembedding-lr=0.002", "--scalar-lr=0.015"]  # fmt: skip
+def test_two_ranks_learn_what_one_learns_pitfall_14(here, on_ranks, tmp_path):
+    """And three. At these rates the curve is no chaos, in which rounding grows."""
+    slow = {"matrix_lr": 0.0015, "embedding_lr": 0.015, "unembedding_lr": 0.002, "scalar_lr": 0.015}
+    cfg = dataclasses.replace(BASE, total_batch_size=768, num_iterations=12, eval_every=-1, save_every=-1, **slow)
     curves, bpbs = {}, {}
     for world, rows in ((1, 4), (2, 2), (3, 4)):
-        base = tmp_path / f"w{world}"
-        base.mkdir()
-        (base / "tokenizer").symlink_to(here / "tokenizer")
-        env = {"NANOCHAT_BASE_DIR": str(base)}
-        args = [*flags, f"--device-batch-size={rows}", "--model-tag=ranks"]
-        torchrun(world, module="scripts.base_train", args=args, env=env)
-        curves[world] = final_losses(base)
-        summary = record.read(base / "base_checkpoints/ranks/record.jsonl")[-1]
-        bpbs[world] = summary["val_bpb"]
+        asked = dataclasses.replace(cfg, device_batch_size=rows, model_tag=f"ranks{world}")
+        if world == 1:
+            base_train.main(asked)
+        else:
+            on_ranks(world, RANKS, [json.dumps(dataclasses.asdict(asked))], load="scripts.base_train")
+        rows = record.read(here / "base_checkpoints" / asked.model_tag / "record.jsonl")
+        curves[world] = [row["loss"] for row in rows if row["kind"] == "step"]
+        bpbs[world] = rows[-1]["val_bpb"]
     for world in (2, 3):
-        assert len(curves[world]) == 20
-        for one, many in zip(curves[1], curves[world], strict=True):
-            assert abs(one - many) <= 1e-4 * one
+        assert len(curves[1]) == 12 and curves[world] == pytest.approx(curves[1], rel=1e-4)
         assert bpbs[world] == pytest.approx(bpbs[1], rel=1e-4)
 
 

@@ -34,7 +34,7 @@ def test_each_fault_is_told_with_its_remedy(change, offset, right, said):
 
 @pytest.mark.slow
 def test_two_ranks_measure_each_other(torchrun):
-    done = torchrun(2, module="scripts.preflight", args=["--largest=4096", "--turns=1", "--device-type=cpu"])
+    done = torchrun(2, "scripts.preflight", ["--largest=4096", "--turns=1", "--device-type=cpu"])
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert found["world"] == 2 and found["problems"] == [] and len(found["rows"]) == 5
     assert all(row["right"] and row["seconds"] > 0 for row in found["rows"])

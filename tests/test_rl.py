@@ -59,7 +59,7 @@ def test_the_gradient_is_the_written_formula_however_it_is_batched(model, rows):
     model.zero_grad()
     cfg = dataclasses.replace(Config(), device_batch_size=rows)
     optimizer = MuonAdamW(model.roles(), dict.fromkeys(("matrix", *ADAM_RULES), 0.0), Runtime.single())
-    total = chat_rl.learn(model, optimizer, ROLLOUTS, cfg, 0.1, torch.device("cpu"))
+    total = chat_rl.learn(model, optimizer, ROLLOUTS, cfg, 0.1, Runtime.single())
     assert total == pytest.approx(float(expected.detach()), abs=1e-4)
     got = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-3)

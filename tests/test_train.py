@@ -215,8 +215,8 @@ runtime.stop(rt)
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_signals_and_means(torchrun):
-    lines = re.findall(r"\[\[[^\]]*\][^\]]*\]", torchrun(2, code=RANKS).stdout)  # two ranks may share a line
+def test_ranks_agree_on_signals_and_means(on_ranks):
+    lines = re.findall(r"\[\[[^\]]*\][^\]]*\]", on_ranks(2, RANKS).stdout)  # two ranks may share a line
     assert len(lines) == 2 and lines[0] == lines[1]
     seen, mean, factor = json.loads(lines[0])
     assert seen == [0, signal.SIGTERM, signal.SIGTERM]

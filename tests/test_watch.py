@@ -69,8 +69,10 @@ from nanochat import record, runtime, watch
 watch.FLOOR = 0.5
 rt = runtime.start("cpu")
 log = record.Record(Path(sys.argv[1]) / "record.jsonl", stage="base", config={}, main=rt.main)
-def only_one_hangs():
-    time.sleep(2.5)
+stacks = [log.path.parent / "stacks" / f"rank_{rank}.txt" for rank in range(2)]
+def only_one_hangs():  # until both have written their stacks
+    while not all(path.is_file() and path.stat().st_size for path in stacks):
+        time.sleep(0.1)
 with watch.Watch(log, rt, times=2) as watched:
     for step in range(3):
         watched.begin(step)
@@ -83,7 +85,7 @@ runtime.stop(rt)
 
 
 @pytest.mark.slow
-def test_when_one_rank_hangs_all_ranks_show_their_stacks(torchrun, tmp_path):
-    torchrun(2, code=HANG, args=[tmp_path])
+def test_when_one_rank_hangs_all_ranks_show_their_stacks(on_ranks, tmp_path):
+    on_ranks(2, HANG, [tmp_path])
     waiting, hanging = ((tmp_path / "stacks" / f"rank_{rank}.txt").read_text() for rank in (0, 1))
     assert "in only_one_hangs" in hanging and "in barrier" in waiting and "only_one_hangs" not in waiting
