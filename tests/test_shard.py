@@ -74,7 +74,7 @@ def rank_program(rt, out):
 @pytest.mark.slow
 def test_a_sharded_run_is_the_unsharded_run_pitfalls_9_15(tmp_path, on_ranks):
     """3 ranks, uneven rows: losses, weights and moments to 1e-10 in fp64, whichever of the two wrote the checkpoint."""
-    on_ranks(3, PROGRAM, [str(tmp_path)], load="torch.distributed.fsdp,nanochat.optim")
+    on_ranks(3, PROGRAM, [str(tmp_path)], load="torch._dynamo,torch.distributed.fsdp")
     found = json.loads((tmp_path / "found.json").read_text())
     shares = {name: found.pop(name) for name in list(found) if name.startswith("share")}
     assert found.pop("norm") < 1e-6  # which is summed in fp32

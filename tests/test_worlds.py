@@ -23,7 +23,7 @@ FLAGS = {"base": [*MORE, *RATES, "--scalar-lr=0.05"], "sft": [*MORE, *RATES],
          "rl": ["--num-iterations=6", "--examples-per-step=12", "--num-samples=3", "--save-every=-1"]}
 bench_kill.warm_up()
 if '"full"' in sys.argv[3]:
-    import torch.distributed.fsdp
+    import torch._dynamo, torch.distributed.fsdp  # before the ranks are forked: FSDP2 imports the first of them late
 real, limit = train.StopSignal.agreed, 0
 
 def agreed(self, rt):  # as if rank 0 had been sent SIGTERM before this update of this life
