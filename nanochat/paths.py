@@ -74,9 +74,13 @@ def _unwritable(path: Path, error: OSError) -> str:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write strict JSON (no NaN, no Infinity) atomically."""
-    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    text = _json(value)
     with atomic_write(path, "w") as file:
-        file.write(text + "\n")
+        file.write(text)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path | str) -> Any:
@@ -87,6 +91,11 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path} does not exist.") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): it is damaged; restore or remove it.") from error
+
+
+def as_written(path: Path | str, value: Any) -> bool:
+    """Is the file what `write_json` makes of its value? Damage can leave the value alone: a blank, a letter's case."""
+    return Path(path).read_text(encoding="utf-8") == _json(value)
 
 
 def sha256(path: Path | str) -> str:

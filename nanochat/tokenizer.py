@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import tiktoken
 
 from nanochat.errors import UserError
-from nanochat.paths import base_dir, read_json, write_json
+from nanochat.paths import as_written, base_dir, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,8 @@ class Tokenizer:
             raise UserError(f"The tokenizer file {path} is damaged or cut short: restore it, or {REMEDY}.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
             raise UserError(f"{path} is not a {FORMAT} file of version {VERSION}: {REMEDY}.")
-        if content.pop("sha256", None) != _digest(content):
+        whole = as_written(path, content)
+        if content.pop("sha256", None) != _digest(content) or not whole:
             raise UserError(
                 f"The tokenizer file {path} was changed since it was written (checksum): restore it, or {REMEDY}."
             )

@@ -50,7 +50,7 @@ def main(cfg: Config) -> dict:
                 misses += missed
                 print(f"{what}/{file.name}: {counts}", flush=True)
     summary = {"date": time.strftime("%Y-%m-%d"), "argv": sys.argv[1:], "seconds": round(time.time() - began, 1),
-               "damages": sum(sum(c.values()) for c in results.values()), "missed": len(misses),
+               "damages": sum(sum(c.values()) for c in results.values()), "missed": misses,
                "files": results}  # fmt: skip
     if cfg.output:
         paths.write_json(cfg.output, summary)

@@ -40,6 +40,14 @@ def test_a_flipped_bit_is_found_before_the_shard_is_used(folder, name, at):
     assert "\n" not in str(said.value)
 
 
+def test_damage_to_the_name_of_the_checksum_is_found_too(folder):
+    """Else the manifest would count as one that never had a checksum."""
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"digest"', '"digesu"'))
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        manifest.read(folder)
+
+
 @pytest.mark.parametrize("name", ["s0.parquet", "s1.parquet", "s2.parquet"])
 def test_a_cut_shard_is_found(folder, name):
     (folder / name).write_bytes((folder / name).read_bytes()[:-20])

@@ -316,7 +316,7 @@ def test_bad_depth_is_refused_after_the_tokenizer_but_before_any_file(here):
     assert sorted(p.name for p in (here / "base_checkpoints").iterdir()) == before
 
 
-RANKS = """
+BASE_RANKS = """
 import json, sys
 from scripts import base_train
 
@@ -335,7 +335,7 @@ def test_two_ranks_learn_what_one_learns_pitfall_14(here, on_ranks, tmp_path):
         if world == 1:
             base_train.main(asked)
         else:
-            on_ranks(world, RANKS, [json.dumps(dataclasses.asdict(asked))], load="scripts.base_train")
+            on_ranks(world, BASE_RANKS, [json.dumps(dataclasses.asdict(asked))], load="scripts.base_train")
         rows = record.read(here / "base_checkpoints" / asked.model_tag / "record.jsonl")
         curves[world] = [row["loss"] for row in rows if row["kind"] == "step"]
         bpbs[world] = rows[-1]["val_bpb"]
@@ -358,11 +358,11 @@ stage.main(cfg)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "figure"), [("sft", "loss"), ("rl", "grad_norm")])
-def test_two_ranks_fine_tune_and_reinforce_as_one_does_pitfall_14(here, torchrun, tmp_path, source, figure):
+def test_two_ranks_fine_tune_and_reinforce_as_one_does_pitfall_14(here, on_ranks, tmp_path, source, figure):
     base = tmp_path / "two"
     for name in ("tokenizer", *(checkpoint.FOLDERS[earlier] for earlier in ("base", "sft"))):
         shutil.copytree(here / name, base / name)
-    torchrun(2, code=RANKS, args=[source], env={"NANOCHAT_BASE_DIR": str(base)})
+    on_ranks(2, RANKS, [source], env={"NANOCHAT_BASE_DIR": str(base)})
     records = [record.read(root / checkpoint.FOLDERS[source] / "tiny" / "record.jsonl") for root in (here, base)]
     one, two = ([row for row in rows if row["kind"] == "step"] for rows in records)
     assert len(one) == len(two) >= 3 and one[0][figure] > 0
