@@ -40,7 +40,7 @@ pocket() {
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
         --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=16 \
         --total-batch-size=4096 --num-iterations="$base" --matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.012 \
-        --weight-decay=0.14 --eval-every=360 --eval-tokens="$tokens" --core-metric-every=-1 --sample-every=540 \
+        --scalar-lr=2.64 --weight-decay=0.14 --eval-every=360 --eval-tokens="$tokens" --core-metric-every=-1 --sample-every=540 \
         --save-every="$save" --resume
     stage base_eval python -m scripts.base_eval --model-tag=pocket --eval=bpb,sample --split-tokens="$tokens"
     stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket \

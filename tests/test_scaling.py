@@ -85,6 +85,9 @@ def test_short_runs_of_small_batches_have_higher_rates():
     short, long = (scaling.plan(4, num_iterations=n, **same) for n in (100, 1000))
     assert short.lrs["matrix"] == pytest.approx(long.lrs["matrix"] * 10**0.32)
     assert short.lrs["smear_backout"] == long.lrs["smear_backout"] and short.lr_mult == long.lr_mult
+    root = math.sqrt(short.batch / 2**19)  # of the scalars, in short runs and small batches too
+    assert short.lrs["x0"] == long.lrs["x0"] == pytest.approx(0.5 * root)
+    assert short.lrs["resid"] == pytest.approx(0.005 * root)
 
 
 @pytest.mark.parametrize("batch", [2**12, 8192, 2**17, 2**18, 2**20])
