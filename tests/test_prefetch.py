@@ -50,7 +50,7 @@ def test_batches_are_made_by_a_thread_ahead_of_the_consumer_pitfall_20():
     fill = Counter()
     with Feeder(fill, 1, 1, "cpu", 2) as feeder:
         next(feeder)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while fill.made < 3 and time.monotonic() < deadline:  # one taken, two ahead
             time.sleep(0.005)
         time.sleep(0.02)
@@ -67,12 +67,12 @@ def test_an_error_of_the_thread_is_raised_at_its_batch_and_ends_the_feeder():
 
 
 def test_closing_ends_the_thread_at_once_and_twice_is_fine():
-    fill = Counter(seconds=0.05)
+    fill = Counter(seconds=0.5)
     feeder = Feeder(fill, 1, 1, "cpu", 4)
     start = time.monotonic()
     feeder.close()
     feeder.close()
-    assert time.monotonic() - start < 2 and fill.made <= 1 and not feeders()
+    assert time.monotonic() - start < 30 and fill.made <= 1 and not feeders()
 
 
 def test_a_feeder_left_unclosed_does_not_keep_its_thread():
@@ -82,7 +82,7 @@ def test_a_feeder_left_unclosed_does_not_keep_its_thread():
     next(feeder)
     del feeder
     gc.collect()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while feeders() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not feeders()

@@ -27,7 +27,7 @@ def gate(monkeypatch):
     opened, real = threading.Event(), saving.write_files
 
     def slow(tmp, snap):
-        assert opened.wait(10)
+        assert opened.wait(120)
         if opened.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(tmp, snap)
@@ -62,14 +62,20 @@ def test_one_save_at_a_time_and_no_more_memory_than_one(root, gate):
     with saving.Saver(root, RT) as saver:
         begin(saver, 1, model)
         first = {name: t.data_ptr() for name, t in saver._host.items()}
-        second = threading.Thread(target=begin, args=(saver, 2, model))
-        second.start()
-        second.join(0.2)
-        assert second.is_alive()  # waits for the first, which holds the memory
-        gate.set()
-        second.join(10)
+        waited, settle = [], saver._settle
+
+        def settle_after_opening():  # the second save comes here first: only then may the first one be written
+            waited.append((saver._job.done(), checkpoint.complete_steps(root)))
+            gate.set()
+            settle()
+
+        saver._settle, before = settle_after_opening, saver.blocked
+        begin(saver, 2, model)
+        saver._settle = settle
+        assert waited == [(False, [])]
+        assert checkpoint.complete_steps(root)[0] == 1  # it has waited for the first, which held the memory
         assert {name: t.data_ptr() for name, t in saver._host.items()} == first
-    assert checkpoint.complete_steps(root) == [1, 2] and saver.blocked > 0.15
+    assert checkpoint.complete_steps(root) == [1, 2] and saver.blocked > before
 
 
 def test_a_failed_save_is_told_at_the_next_step_and_the_run_goes_on(root, gate):
