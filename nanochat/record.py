@@ -155,7 +155,7 @@ def _stands(row: dict, step: int) -> bool:
 def read(path: Path | str) -> list[dict]:
     """The rows of a record in order, without those that a resume or a fresh start superseded, nor torn lines."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")  # a text may hold others
     except FileNotFoundError as error:
         raise UserError(f"No record at {path}: run the stage first.") from error
     rows: list[dict] = []
@@ -164,10 +164,12 @@ def read(path: Path | str) -> list[dict]:
             row = json.loads(line)
         except ValueError:  # the process died while writing this line
             continue
-        if row.get("kind") == "start" and not row["stage"].endswith("_eval"):
+        if not isinstance(row, dict) or "kind" not in row:  # a damaged one
+            continue
+        if row["kind"] == "start" and not row.get("stage", "").endswith("_eval"):
             step = row.get("resume_step")
             rows = [] if step is None else [old for old in rows if _stands(old, step)]
-        if row.get("kind") == "rollback":
+        if row["kind"] == "rollback":
             rows = [old for old in rows if _stands(old, row["step"])]
         rows.append(row)
     return rows

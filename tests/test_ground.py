@@ -116,6 +116,17 @@ def test_record_rows_survive_a_resume_and_a_torn_line(tmp_path):
     json.loads(path.read_text().splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_damaged_lines_of_a_record_are_left_out_and_the_rest_is_read(tmp_path):
+    log = record.Record(tmp_path / "r.jsonl", stage="base", config={})
+    log.step(0, loss=2.0)
+    with open(tmp_path / "r.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\x00\n7\n[1]\n{}\n")
+    log.step(1, loss=1.0)
+    log.event("sample", text="other\u2028ends\x85of\x1clines\r")
+    *rows, sample = record.read(tmp_path / "r.jsonl")
+    assert [row.get("loss") for row in rows] == [None, 2.0, 1.0] and sample["text"].endswith("lines\r")
+
+
 def test_a_record_tells_why_a_run_ended_but_not_that_it_was_asked_to_stop(tmp_path):
     path = tmp_path / "record.jsonl"
     with pytest.raises(UserError), record.Record(path, stage="base", config={}):
