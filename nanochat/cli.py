@@ -25,6 +25,11 @@ def parse(config_class: type, argv: list[str] | None = None, description: str | 
     return tyro.cli(config_class, args=argv, description=description)
 
 
+def off(value: float) -> float | None:
+    """-1 on the command line means None inside."""
+    return None if value == -1 else value
+
+
 def too_small(cfg: Any, auto: tuple[str, ...] = (), **least: float) -> list[str]:
     """A sentence for each flag that is below its least value, or not finite; one named in `auto` may also be -1."""
     found = []

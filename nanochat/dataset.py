@@ -14,6 +14,7 @@ list as it was when the run began: `frozen` gives that list to be saved with the
 refuses when a shard has gone or changed. Shards added later therefore change nothing for a run under way.
 """
 
+import abc
 import hashlib
 import itertools
 import logging
@@ -89,7 +90,7 @@ def open_corpus(name: str = "climbmix", val_shard: str | None = None, shards: in
     return _open_folder(name, val_shard)
 
 
-class Corpus:
+class Corpus(abc.ABC):
     """Documents of two splits. `identity` says in JSON which; equal identities mean the same documents.
 
     A subclass tells `shards`, `spans` and `texts`.
@@ -99,17 +100,17 @@ class Corpus:
         self.name = name
         self.identity = identity
 
+    @abc.abstractmethod
     def shards(self, split: str) -> list[str]:
         """The names of a split's shards, in reading order."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def spans(self, split: str, shard: int) -> list[tuple[int, int]]:
         """The runs [first, last) of documents that a shard stores together (row groups)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def texts(self, split: str, shard: int, rows: range) -> list[str]:
         """These documents of a shard; `rows` lies within one span."""
-        raise NotImplementedError
 
     def matches(self, identity: dict) -> bool:
         """Whether positions of the corpus with this identity mean the same documents here."""

@@ -220,6 +220,8 @@ def reads_blocks(dtype: torch.dtype, size: int) -> bool:
             q, memory, memory, starts, None, 1, size, window_size=(-1, 0), seqused_k=starts[1:], block_table=table
         )
         return True
+    except (torch.AcceleratorError, torch.OutOfMemoryError):  # RuntimeErrors too, but a fault of the GPU is no answer
+        raise
     except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError):
         return False
 

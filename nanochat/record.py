@@ -89,7 +89,7 @@ class Record:
         row = {"kind": kind, "time": round(time.time(), 3), **plain(values)}
         text = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors="replace") as file:
                 file.write("\n" + text if self.lost else text)
             self.lost = 0
         except OSError as error:

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nanochat import checkpoint, cli, dataloader, faults, nodes, record, saving, train
+from nanochat import checkpoint, cli, dataloader, faults, nodes, record, saving, shard, train
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 
@@ -27,6 +27,8 @@ def problems(cfg: Any) -> list[str]:
     found = cli.too_small(cfg, off, **dict.fromkeys(off, 0))
     if cfg.resume and cfg.resume_from_step >= 0:
         found.append("give --resume or --resume-from-step, not both.")
+    if cfg.shard not in shard.KINDS:
+        found.append(f"--shard={cfg.shard} is unknown: use {' or '.join(shard.KINDS)}.")
     return found
 
 

@@ -34,14 +34,14 @@ pocket() {
     # twice the defaults, because batches are small and the run is short (dev/LOG.md). Sizes can be set from outside:
     # scripts.bench_recipe_kill runs the same recipe smaller.
     local seed="${SEED:-42}" vocab="${VOCAB:-3072}" chars="${CHARS:-3000000}" save="${SAVE_EVERY:-180}"
-    local base="${BASE_STEPS:-1080}" sft="${SFT_STEPS:-400}" rl="${RL_STEPS:-16}" problems="${PROBLEMS:-400}"
+    local base="${BASE_STEPS:-1300}" sft="${SFT_STEPS:-480}" rl="${RL_STEPS:-16}" problems="${PROBLEMS:-400}"
     local tokens="${EVAL_TOKENS:-32768}" rl_save="${RL_SAVE_EVERY:-6}"
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size="$vocab" --max-chars="$chars"
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
         --depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=256 --device-batch-size=16 \
         --total-batch-size=4096 --num-iterations="$base" --matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.012 \
-        --scalar-lr=2.64 --weight-decay=0.14 --eval-every=360 --eval-tokens="$tokens" --core-metric-every=-1 --sample-every=540 \
-        --save-every="$save" --resume
+        --scalar-lr=2.64 --weight-decay=0.14 --eval-every=360 --eval-tokens="$tokens" --core-metric-every=-1 \
+        --sample-every=540 --save-every="$save" --resume
     stage base_eval python -m scripts.base_eval --model-tag=pocket --eval=bpb,sample --split-tokens="$tokens"
     stage chat_sft python -m scripts.chat_sft --run="$run" --seed="$seed" --model-tag=pocket \
         --num-iterations="$sft" --init-lr-frac=0.6 --eval-every=200 --eval-tokens="$tokens" --chatcore-every=-1 \

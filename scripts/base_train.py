@@ -15,8 +15,6 @@ import math
 import time
 from typing import Literal
 
-import torch
-
 from nanochat import (
     attention,
     checkpoint,
@@ -40,6 +38,7 @@ from nanochat import (
     train,
     watch,
 )
+from nanochat.cli import off
 from nanochat.errors import Stopped, refuse
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
@@ -103,11 +102,6 @@ class Config:
     spike: float = -1.0  # deviations above the recent loss or gradient norm that make a step a spike; -1: no rule
     spike_action: str = "skip"  # skip the update, or rollback: to the last checkpoint, without the data since
     model_tag: str = ""  # name of the run's folder; empty: d<depth>
-
-
-def off(value: float) -> float | None:
-    """-1 on the command line means None inside."""
-    return None if value == -1 else value
 
 
 def with_rows(cfg: Config, vocab_size: int, rt: runtime.Runtime) -> Config:
@@ -192,8 +186,6 @@ def check(cfg: Config) -> None:
         problems.append(f"--compile={cfg.compile} is unknown: use auto, on or off.")
     if cfg.fp8 and cfg.fp8_recipe != "tensorwise":
         problems.append(f"--fp8-recipe={cfg.fp8_recipe} is not offered: tensorwise is (rowwise is slower than bf16).")
-    if cfg.shard not in shard.KINDS:
-        problems.append(f"--shard={cfg.shard} is unknown: use {' or '.join(shard.KINDS)}.")
     if cfg.fp8 and cfg.shard == "full":
         problems.append("--fp8 and --shard=full don't go together: choose one.")
     if cfg.spike_action not in ("skip", "rollback"):
@@ -205,7 +197,7 @@ def check(cfg: Config) -> None:
 
 def build(plan: scaling.Plan, cfg: Config, rt: runtime.Runtime, attend) -> GPT:
     """A model with fresh weights, alike on all ranks, its matmuls in fp8 if asked."""
-    with torch.device(shard.cradle(cfg.shard, rt)):
+    with shard.cradle(cfg.shard, rt):
         model = GPT(plan.config, attend=attend)
     model.init_weights(cfg.seed)
     model.compute_dtype, model.recompute = rt.dtype, cfg.recompute

@@ -36,6 +36,7 @@ from nanochat import (
     train,
     watch,
 )
+from nanochat.cli import off
 from nanochat.engine import Engine
 from nanochat.errors import Stopped, UserError, refuse
 from nanochat.sampling import Sampling
@@ -95,11 +96,6 @@ class Rollout:
     advantage: float
 
 
-def off(value: float) -> float | None:
-    """-1 on the command line means None inside."""
-    return None if value == -1 else value
-
-
 def check(cfg: Config) -> None:
     """Refuse what makes no sense, all at once."""
     sizes = ("num_iterations", "num_epochs", "device_batch_size", "examples_per_step", "num_samples",
@@ -110,8 +106,6 @@ def check(cfg: Config) -> None:
         problems.append("--num-samples=1 has no group to compare with: use 2 or more.")
     if cfg.task not in ("", "gsm8k", "tinyworld"):
         problems.append(f"--task={cfg.task} is unknown: use gsm8k or tinyworld, or leave it empty.")
-    if cfg.shard not in shard.KINDS:
-        problems.append(f"--shard={cfg.shard} is unknown: use {' or '.join(shard.KINDS)}.")
     refuse(problems + resume.problems(cfg))
     sampling(cfg, seed=0)  # refuses what no reply can be drawn with
 

@@ -34,6 +34,7 @@ from nanochat import (
     train,
     watch,
 )
+from nanochat.cli import off
 from nanochat.engine import Engine
 from nanochat.errors import Stopped, UserError, refuse
 from nanochat.gpt import GPTConfig
@@ -89,11 +90,6 @@ class Config:
     spike_action: str = "skip"  # skip the update, or rollback: to the last checkpoint, without the data since
 
 
-def off(value: float) -> float | None:
-    """-1 on the command line means None inside."""
-    return None if value == -1 else value
-
-
 def check(cfg: Config) -> None:
     """Refuse, all at once, what can be known to be wrong before any work is done."""
     rates = ("embedding_lr", "unembedding_lr", "matrix_lr")
@@ -110,8 +106,6 @@ def check(cfg: Config) -> None:
             problems.append(f"--{name.replace('_', '-')}={getattr(cfg, name)} must lie in 0..1.")
     if cfg.spike_action not in ("skip", "rollback"):
         problems.append(f"--spike-action={cfg.spike_action} is unknown: use skip or rollback.")
-    if cfg.shard not in shard.KINDS:
-        problems.append(f"--shard={cfg.shard} is unknown: use {' or '.join(shard.KINDS)}.")
     refuse(problems + resume.problems(cfg))
 
 

@@ -9,6 +9,7 @@ replies are asked for (`eval_type`), and judges them:
 `TaskMixture` shuffles several tasks into one (the diet of fine-tuning), `TaskSequence` puts them one after the other.
 """
 
+import abc
 import random
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MIXTURE_SEED = 42  # as published: the order of a mixture is part of the recipe
 
 
-class Task:
+class Task(abc.ABC):
     """A view [start:stop:step] on `num_examples()` conversations; it clamps to what exists, as slices do (pitfall 52).
 
     A task defines `num_examples`, `get_example(index)` and, when it can be evaluated, `eval_type` and `evaluate`.
@@ -39,17 +40,17 @@ class Task:
             )
         self.start, self.stop, self.step = start, stop, step
 
+    @abc.abstractmethod
     def num_examples(self) -> int:
         """The number of examples of the whole dataset, before the view."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def get_example(self, index: int) -> dict:
         """Conversation number `index` of the whole dataset, 0 <= index < num_examples()."""
-        raise NotImplementedError
 
     def evaluate(self, conversation: dict, reply) -> bool:
-        """Is `reply` (a letter, a text, or content parts) a right answer to `conversation`?"""
-        raise NotImplementedError
+        """Is `reply` (a letter, a text, or content parts) a right answer to `conversation`? TypeError: none is."""
+        raise TypeError(f"{type(self).__name__} is text to learn from: its replies are neither right nor wrong.")
 
     def reward(self, conversation: dict, reply) -> float:
         """What reinforcement pays for `reply`, in [0, 1]; by default 1 for a right answer."""

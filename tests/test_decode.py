@@ -1,9 +1,14 @@
 """The engine's forward against GPT.forward, its slow twin: prompts in parts, rows, rows with nothing but tensors."""
 
+import contextlib
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_model import TOKENIZER, tiny_gpt
 
+from nanochat import paged
 from nanochat.decode import INT8_ROWS, Batch, Runner
 from nanochat.engine import Engine
 from nanochat.graphs import StaticDecode, sizes
@@ -132,3 +137,20 @@ def test_changed_weights_make_the_cache_forget():
             p.data.mul_(-0.7)
     [reply] = engine.complete([ids], greedy)[0]
     assert reply.ids == list(model.generate_naive(ids, 6, temperature=0)) and reply.cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [(RuntimeError("page size must be 256"), False), (torch.AcceleratorError("launch failed"), None),
+     (torch.OutOfMemoryError("full"), None)],
+)  # fmt: skip
+def test_a_fault_of_the_gpu_is_not_taken_for_a_kernel_that_reads_no_blocks(monkeypatch, error, answer):
+    def varlen_attn(*args, window_size, seqused_k, block_table):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
+    for maker in ("zeros", "ones", "tensor"):
+        real = getattr(torch, maker)
+        monkeypatch.setattr(torch, maker, lambda *args, real=real, device, **how: real(*args, **how))
+    with pytest.raises(type(error)) if answer is None else contextlib.nullcontext():
+        assert paged.reads_blocks.__wrapped__(torch.float32, 16) is answer

@@ -123,8 +123,10 @@ def test_damaged_lines_of_a_record_are_left_out_and_the_rest_is_read(tmp_path):
         file.write(b"\xff\xfe\x00\n7\n[1]\n{}\n")
     log.step(1, loss=1.0)
     log.event("sample", text="other\u2028ends\x85of\x1clines\r")
-    *rows, sample = record.read(tmp_path / "r.jsonl")
+    log.event("sample", text="half a pair: \ud800")  # what JSON can say and UTF-8 can't
+    *rows, sample, half = record.read(tmp_path / "r.jsonl")
     assert [row.get("loss") for row in rows] == [None, 2.0, 1.0] and sample["text"].endswith("lines\r")
+    assert half["text"] == "half a pair: ?"
 
 
 def test_a_record_tells_why_a_run_ended_but_not_that_it_was_asked_to_stop(tmp_path):

@@ -117,11 +117,16 @@ def test_the_last_checkpoint_is_saved_before_anything_is_evaluated_pitfall_1(
         (chat_rl, RL, "chatrl_checkpoints", 2, 3),
     ],
 )
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_pitfalls_7_8(here, stage, cfg, folder, cut, end):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_pitfalls_7_8(
+    here, monkeypatch, stage, cfg, folder, cut, end
+):
     straight, before = weights(here, folder, end), weights(here, folder, cut)
     assert any(not torch.equal(straight[name], before[name]) for name in straight)  # something is learned in between
     moments = load_file(here / folder / "tiny" / f"step_{end:06d}" / "optim.safetensors")
+    saved, put_back = checkpoint.load(here / folder / "tiny" / f"step_{cut:06d}").rank_states(), []
+    monkeypatch.setattr(train, "set_rng_state", put_back.append)  # no stage draws from it, so no weight would tell
     stage.main(dataclasses.replace(cfg, resume_from_step=cut))
+    assert put_back == [saved[0]["rng"]]
     again = weights(here, folder, end)
     assert all(torch.equal(straight[name], again[name]) for name in straight)
     other = load_file(here / folder / "tiny" / f"step_{end:06d}" / "optim.safetensors")

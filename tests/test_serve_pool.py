@@ -2,12 +2,13 @@
 
 import asyncio
 import io
+from types import SimpleNamespace
 
 import pytest
 from serve_rig import HELLO, events, post, serving, until
 
 from nanochat.errors import UserError
-from nanochat.serve import limits, pool, wire
+from nanochat.serve import limits, pool, wire, worker
 from nanochat.serve.pool import Busy, NotReady, Pool, Worker, beginnings
 
 
@@ -162,3 +163,36 @@ def test_two_workers_share_the_requests_and_two_models_do_not():
         assert sum(tokens[:2]) == 20 and sum(tokens[2:]) == 10
         gpus = {events(post(rig.url, messages=HELLO))[0]["gpu"] for _ in range(2)}
         assert gpus <= {0, 1}
+
+
+class Piece:
+    """Stands in for a reply with something to send."""
+
+    def __init__(self, urgent):
+        self.urgent = urgent
+
+    def item(self):
+        return {}
+
+
+def test_text_of_many_replies_travels_in_larger_pieces_and_a_last_one_at_once(monkeypatch):
+    now, sent = [100.0], []
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    engine = SimpleNamespace(busy=True)
+    loop = worker.Worker(engine, None, None)
+    monkeypatch.setattr(loop, "_send", sent.append)
+
+    def flushed(after, replies, urgent=False):
+        loop.replies, loop.flushed = dict.fromkeys(range(replies)), now[0]
+        loop.pending = {Piece(urgent): None}
+        now[0] += after
+        sent.clear()
+        loop._flush()
+        return bool(sent)
+
+    few, many = worker.FLUSH_SECONDS * 1.1, worker.FLUSH_SHARE * 64 * 1.1
+    assert few < many / 2
+    assert flushed(few, 1) and not flushed(few / 2, 1)
+    assert flushed(many, 64) and not flushed(few, 64) and flushed(0, 64, urgent=True)
+    engine.busy = False
+    assert flushed(0, 64)

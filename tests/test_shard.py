@@ -13,7 +13,6 @@ from nanochat.runtime import Runtime
 
 PROGRAM = """
 import sys, json
-sys.path.insert(0, "tests")
 import torch, test_shard
 from nanochat import runtime
 torch.set_num_threads(1)

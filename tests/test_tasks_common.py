@@ -111,3 +111,10 @@ def test_the_words_of_a_reply_are_its_text_parts_and_its_calls_are_told_apart():
 def test_the_reward_is_one_for_a_right_answer_and_nothing_else():
     task = Numbers(4)
     assert [task.reward(task[2], reply) for reply in ("2", "3")] == [1.0, 0.0]
+
+
+def test_a_task_without_right_answers_says_so_and_half_a_task_is_none():
+    with pytest.raises(TypeError, match="TaskSequence is text to learn from"):
+        common.TaskSequence([Numbers(2)]).evaluate({}, "A")
+    with pytest.raises(TypeError, match="abstract"):
+        common.Task()
