@@ -157,6 +157,14 @@ def test_a_tag_is_a_name_and_never_a_place(here, stage, tag):
         stage.main(dataclasses.replace(cfg, model_tag=tag))
 
 
+@pytest.mark.parametrize("stage", [base_train, chat_sft, chat_rl])
+def test_flags_of_all_stages_are_checked_together_before_any_work(here, stage):
+    wrong = dataclasses.replace({base_train: BASE, chat_sft: SFT, chat_rl: RL}[stage], shard="half", keep=-2,
+                                resume=True, resume_from_step=3)  # fmt: skip
+    with pytest.raises(UserError, match="(?s)3 things.*--keep=-2 must be.*not both.*--shard=half is unknown"):
+        stage.main(wrong)
+
+
 def test_resume_with_other_flags_is_refused_and_lists_them_pitfall_8(here):
     cfg = dataclasses.replace(BASE, resume=True, matrix_lr=0.5, seed=7)
     with pytest.raises(UserError, match=r"(?s)--seed is 7 now.*--matrix-lr is 0\.5 now.*--force"):
