@@ -146,10 +146,6 @@ ASKS = (
     "Do you know what {e} is?",
     "Please tell me what {e} is.",
     "My homework says {e}. What is it?",
-    "Someone wrote {e} on the wall. What is the answer?",
-    "The board says {e}. Please work it out.",
-    "Here it says {e}. How much is that?",
-    "There is {e} in my book. Help me with it.",
 )
 BARE = ("{e} = ?", "{e} is what?", "{e}", "{e}?")
 SWAPPED = {
@@ -223,16 +219,10 @@ def operator(rng: random.Random, ops: str = "+++--***/") -> str:
 
 
 def ask(rng: random.Random, expression: str, wording: str) -> str:
-    """A question about `wording`, which is the expression in symbols or words; bare forms only fit symbols.
-
-    A fifth are embedded ("I forgot what 3 + 4 is."), two fifths have an opener or an ending: numbers must be copied
-    from whatever stands around them.
-    """
-    draw = rng.random()
-    if draw < 0.2:
-        return rng.choice(questions.EMBEDDERS).format(f"what {wording} is")
-    text = rng.choice(ASKS + BARE if wording == expression else ASKS).format(e=wording)
-    return questions.opened(rng, text) if draw > 0.6 else text
+    """A question about `wording`, which is the expression in symbols or words; bare forms only fit symbols."""
+    asks = ASKS + BARE if wording == expression else ASKS
+    text = rng.choice(asks).format(e=wording)
+    return questions.opened(rng, text) if rng.random() < 0.2 else text
 
 
 def make_plain(rng: random.Random, test: bool, sizes=(1, 2, 2, 2, 3, 3, 3), ops="+++--***/") -> Problem:
