@@ -106,12 +106,13 @@ def test_a_machine_that_was_shared_is_noticed(tmp_path):
 
 def test_the_program_prints_draws_and_compares(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(debug_loss, "EXPECTED", [("tinyworld", 4, 0.4, "a run")])
     write(tmp_path, healthy(1), evals=[(400, 0.5)], tag="other")
     write(tmp_path, healthy(), evals=[(0, 3.0), (400, 0.45)], tag="mine")
     result = debug_loss.main(debug_loss.Config(model_tag="mine"))
     shown = capsys.readouterr().out
     assert "nothing odd" in shown and "finished" in shown and "as it should be" in shown
-    assert "run other: 0.5000 (-0.0500" in shown and "depth 4 on tinyworld: 0.3756 (+0.0744" in shown
+    assert "run other: 0.5000 (-0.0500" in shown and "depth 4 on tinyworld: 0.4000 (+0.0500" in shown
     with open(result["picture"], "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
