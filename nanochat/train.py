@@ -1,6 +1,6 @@
 """The verbs of a training loop. The script owns the loop; nothing here calls back into it or writes a file.
 
-A stage's loop reads, with `with StopSignal(rt.main) as stop, calm_gc() as calm:` around it:
+A stage's loop reads, with `with StopSignal(rt) as stop, calm_gc() as calm:` around it:
 forward and backward of each micro-batch with `meter.add`, then `loss = meter.mean(runtime)`,
 `norm = optimizer_step(...)`, `meter.tick(...)`, `calm()`, and `stop.agreed(runtime)` before the next step.
 Losses are nats a token. What must survive a restart (Meter, Scaler, the random state) is JSON-able.
@@ -14,7 +14,9 @@ import math
 import os
 import random
 import signal
+import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from nanochat.runtime import Runtime
 SMOOTHING = 0.9  # of the logged loss: the last 10 steps, roughly
 UNTIMED = 10  # first steps of a process that the mean speed leaves out: compilation, page faults
 GRACE = 2.0  # seconds in which further signals count as the same wish to stop
+PATIENCE = 25.0  # seconds after which one of several ranks that can't stop leaves; torchrun kills after 30
 GC_EVERY = 5000  # steps between collections while the collector is off
 
 
@@ -173,36 +176,49 @@ def optimizer_step(optimizer, scaler: Scaler, loss: float, *, step: int, positio
 class StopSignal:
     """While entered, SIGTERM, SIGINT and SIGUSR1 only set a flag, so that the run can finish its step and save.
 
-    With `tell` the first one is answered by a line: what is under way may be a long evaluation.
+    On rank 0 of `runtime` the first one is answered by a line: what is under way may be a long evaluation.
 
-    A second signal, GRACE seconds later or more, leaves at once by the system's default action; what is saved stays
-    whole (checkpoints are atomic). The grace is there because Ctrl-C under torchrun reaches a rank twice: from the
-    terminal and from the launcher.
+    A second signal, GRACE seconds later or more, leaves at once; what is saved stays whole (checkpoints are atomic).
+    The grace is there because Ctrl-C under torchrun reaches a rank twice: from the terminal and from the launcher.
+
+    Python runs handlers between two bytecodes, so a rank that waits in a collective for one that hangs runs none. A
+    thread therefore reads the signals from a socket: the second one is heard there too, and one of several ranks that
+    is still inside PATIENCE seconds after SIGTERM or SIGINT leaves without saving. torchrun would kill it 5 s later: a
+    step and a save must fit into that.
 
     The run ends with status 128 + n (143, 130, 138), which a scheduler may restart: SLURM lists them in RequeueExit,
-    Kubernetes' OnFailure and torchrun's --max-restarts take any status; 1 is a mistake to be mended first. torchrun
-    kills what is still there 30 s after SIGTERM, so a step and a save must fit into that.
+    Kubernetes' OnFailure and torchrun's --max-restarts take any status; 1 is a mistake to be mended first.
     """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 
-    def __init__(self, tell: bool = False):
-        self.tell = tell
+    def __init__(self, runtime: Runtime | None = None):
+        self.tell = runtime is not None and runtime.main
+        self.several = runtime is not None and runtime.world > 1
         self.received = 0  # signal number on this rank, 0 = none
         self.since = 0.0  # when, on the monotonic clock
         self.before: dict[int, Any] = {}
+        self._heard: socket.socket | None = None
 
     def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals are not ours to take
+        self._heard, listener = socket.socketpair()
+        self._heard.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._heard.fileno(), warn_on_full_buffer=False)
         for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
-            try:
-                self.before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: signals are not ours to take
-                break
+            self.before[number] = signal.signal(number, self._note)
+        self._thread = threading.Thread(target=self._listen, args=(listener,), name="nanochat-signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self._heard:
+            signal.set_wakeup_fd(self._wakeup)
+            self._heard.close()
+            self._thread.join()
 
     def _note(self, number: int, _frame) -> None:
         if not self.received:
@@ -212,6 +228,29 @@ class StopSignal:
         elif time.monotonic() - self.since >= GRACE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def _listen(self, listener: socket.socket) -> None:
+        """Leave by a deadline that the signals set; the socket's end is the end of the `with`."""
+        first, number, deadline = 0.0, 0, math.inf
+        with listener:
+            while True:
+                now = time.monotonic()
+                listener.settimeout(None if deadline == math.inf else max(deadline - now, 1e-3))
+                try:
+                    numbers = listener.recv(64)
+                except TimeoutError:
+                    os.write(2, b"not at the end of the step after the signal: leaving without saving\n")
+                    os._exit(128 + number)
+                if not numbers:
+                    return
+                now = time.monotonic()
+                for number in (n for n in numbers if n in self.before):
+                    if not first:
+                        first = now
+                        if self.several and number != getattr(signal, "SIGUSR1", 0):
+                            deadline = now + PATIENCE
+                    elif now - first >= GRACE:
+                        deadline = min(deadline, now + 1)  # the handler leaves sooner if it can run
 
     def agreed(self, runtime: Runtime) -> int:
         """The signal that any rank received, on every rank; 0 if none. Collective: call it once a step."""

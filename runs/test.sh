@@ -7,4 +7,10 @@ if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get 
 fi
 ruff check --quiet .
 ruff format --check --quiet .
-exec python -m pytest -n 2 "$@"
+status=0
+python -m pytest -n 2 "$@" || status=$?
+[ "$status" = 1 ] || exit "$status"
+# Tests of real processes can fail on a machine that is starved. A fault fails alone too; what does not is named.
+echo "Once more, alone:"
+python -m pytest --last-failed --last-failed-no-failures=none -v
+echo "UNSTEADY: the tests above that now passed failed beside others; each is to be mended."

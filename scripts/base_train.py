@@ -268,7 +268,7 @@ def main(cfg: Config) -> dict:
     for note in (*plan.notes, *notes, *resume.make_way(root, found, cfg.resume, rt)):
         log.say(f"note: {note}")
     watched = watch.Watch(log, rt, off(cfg.watchdog))
-    with log, contextlib.closing(loader), saver, watched, train.StopSignal(rt.main) as stop, train.calm_gc() as calm:
+    with log, contextlib.closing(loader), saver, watched, train.StopSignal(rt) as stop, train.calm_gc() as calm:
         step, here, batch = start, start if found else -1, None  # `here`: the step whose checkpoint is already there
         while True:
             last, signum = step == plan.iterations, stop.agreed(rt)

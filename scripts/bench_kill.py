@@ -187,6 +187,7 @@ def start(base: Path, module: str, arguments: list[str], rank: int, world: int, 
     if child:
         return child
     status = 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the bench's: a rank waiting for a dead one must die of it
     try:
         log = os.open(base / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)

@@ -224,7 +224,7 @@ def main(cfg: Config) -> dict:
     log.say(f"reinforcing {base.path}: {steps} updates of {cfg.examples_per_step} x {cfg.num_samples} replies")
     for note in (*notes, *resume.make_way(root, found, cfg.resume, rt)):
         log.say(f"note: {note}")
-    with log, saver, watch.Watch(log, rt, off(cfg.watchdog)) as watched, train.StopSignal(rt.main) as stop:
+    with log, saver, watch.Watch(log, rt, off(cfg.watchdog)) as watched, train.StopSignal(rt) as stop:
         for step in range(start, steps + 1):
             last, signum = step == steps, stop.agreed(rt)
             if (signum or last or train.due(step, off(cfg.save_every))) and not (found and step == start):

@@ -203,7 +203,7 @@ def main(cfg: Config) -> dict:
     for note in (*size["notes"], *notes, *resume.make_way(root, found, cfg.resume, rt)):
         log.say(f"note: {note}")
     watched = watch.Watch(log, rt, off(cfg.watchdog))
-    with log, contextlib.closing(loader), saver, watched, train.StopSignal(rt.main) as stop, train.calm_gc() as calm:
+    with log, contextlib.closing(loader), saver, watched, train.StopSignal(rt) as stop, train.calm_gc() as calm:
         step, here, position = start, start if found else -1, at.loader  # `here`: the step already saved
         while True:
             done = progress(cfg, step, position, len(data))

@@ -44,6 +44,7 @@ def shared_data():
 def finished(command, env, timeout):
     """Run a command on gloo in the project's root; it must succeed."""
     full = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    full.pop("PYTHONUNBUFFERED", None)  # it writes a line in pieces, and those of two ranks mix
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

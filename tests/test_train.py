@@ -163,11 +163,11 @@ def test_the_same_wish_sent_twice_still_saves():
 
 
 def test_a_signal_is_answered_at_once_where_asked_pitfall_51(capfd):
-    for tell in (False, True):
-        with train.StopSignal(tell):
+    for runtime in (None, RT):
+        with train.StopSignal(runtime):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-        assert capfd.readouterr().err.count("stopping after this step") == tell
+        assert capfd.readouterr().err.count("stopping after this step") == (runtime is RT)
 
 
 LOOP = """
@@ -193,6 +193,40 @@ def test_a_second_signal_leaves_at_once():
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=60) == -signal.SIGTERM
     child.stdout.close()
+
+
+STUCK = """
+import ctypes, sys, torch
+from nanochat import train
+from nanochat.runtime import Runtime
+train.GRACE, train.PATIENCE = 0.2, float(sys.argv[2])
+with train.StopSignal(Runtime(1, 1, int(sys.argv[1]), torch.device("cpu"), torch.float32, "")):
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)  # for ever, and no handler runs: so does a collective whose peer hangs
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="blocks on glibc's mutex")
+@pytest.mark.parametrize(("world", "patience", "names", "status", "said"), [
+    (2, 0.2, ["SIGTERM"], 143, "leaving without saving"),
+    (2, 0.2, ["SIGINT"], 130, "leaving without saving"),
+    (2, 600, ["SIGTERM", "SIGTERM"], 143, ""),
+    (1, 0.0, ["SIGTERM", "SIGUSR1"], 138, ""),  # one rank waits for nobody: only the second wish ends it
+    (2, 0.0, ["SIGUSR1", "SIGTERM"], 143, ""),  # nobody kills after SIGUSR1: a long step may end
+])  # fmt: skip
+def test_a_rank_that_waits_for_one_that_hangs_still_leaves_pitfall_7(world, patience, names, status, said):
+    child = subprocess.Popen([sys.executable, "-c", STUCK, str(world), str(patience)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert child.stdout.readline() == "ready\n"
+    for number, name in enumerate(names):
+        if number:
+            time.sleep(0.5)
+            assert child.poll() is None
+        child.send_signal(getattr(signal, name))
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == status and said in err
 
 
 RANKS = """
