@@ -227,6 +227,16 @@ def test_a_call_is_the_question_s_own_spelling_where_it_uses_symbols():
     assert problem.expression in problem.question
 
 
+def test_a_sum_among_words_that_say_nothing_stands_there_once_and_whole():
+    asked = [sums.among_words(Random(i), "84 + 843") for i in range(500)]
+    assert all(re.findall(r"[\d+]+", text) == ["84", "+", "843"] for text in asked)
+    words = {word for text in asked for word in re.findall("[a-z]+", text.lower())}
+    known = words & facts.words()
+    assert len(known) > 300 and len(words - known) > 300  # words of the world, and words that nobody knows
+    last = sum(bool(re.search(r"843\W*$", text)) for text in asked)
+    assert 50 < last < 200  # mostly words follow, too
+
+
 @pytest.mark.parametrize(
     "text, number",
     [

@@ -2,9 +2,10 @@
 
 A problem is a question, the one expression that solves it, and its value. Where the question uses symbols, the call is
 spelled as there, so that "482 + 37" is the very same token sequence in both (digits split in pairs from the left, and
-spaces stand around the operator): copying is then all that a small model has to learn. The first two numbers of every
-problem are hashed: one pair in ten belongs to the test split and is never seen in training, in either order, with any
-operator.
+spaces stand around the operator): copying is then all that a small model has to learn. A quarter of the questions stand
+among words that say nothing, so that copying does not depend on the words around (dev/LOG.md). The first two numbers of
+every problem are hashed: one pair in ten belongs to the test split and is never seen in training, in either order, with
+any operator.
 
 Kinds, easy first: plain ("What is 482 + 37?"), swapped ("Take 37 from 482."), story (one step in words), chain (three
 numbers), large (four and five digits), two_step (a story with two steps). Of the kinds of BEYOND fine-tuning shows
@@ -16,8 +17,9 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
+from functools import cache
 
-from nanochat.tinyworld import questions
+from nanochat.tinyworld import facts, questions
 
 EASY = ("plain", "swapped", "story")
 HARD = ("chain", "large", "two_step")
@@ -208,6 +210,9 @@ CHAINS = {
     "{a} * {b} - {c}": lambda a, b, c: a * b - c,
     "({a} + {b}) * {c}": lambda a, b, c: (a + b) * c,
 }
+AMONG_WORDS = 0.25  # share of the questions in symbols or words whose other words say nothing
+MARKS = ("?", ".", "!", "")
+CONSONANTS = "b c d f g h j k l m n p r s t v w y z st th ch sh br gr tr pl sl".split()
 REPLIES = ("The answer is {v}.", "The answer is {v}.", "That makes {v}.")
 
 # -- problems --------------------------------------------------------------------------------------------------------
@@ -220,9 +225,38 @@ def operator(rng: random.Random, ops: str = "+++--***/") -> str:
 
 def ask(rng: random.Random, expression: str, wording: str) -> str:
     """A question about `wording`, which is the expression in symbols or words; bare forms only fit symbols."""
+    draw = rng.random()
+    if draw < AMONG_WORDS:
+        return among_words(rng, wording)
     asks = ASKS + BARE if wording == expression else ASKS
     text = rng.choice(asks).format(e=wording)
-    return questions.opened(rng, text) if rng.random() < 0.2 else text
+    return questions.opened(rng, text) if draw > 0.8 else text
+
+
+def among_words(rng: random.Random, wording: str) -> str:
+    """The expression among words that say nothing, half of them made up: people use words that a small model never saw,
+    and the numbers must be copied all the same.
+    """
+    before = [any_word(rng) for _ in range(rng.randrange(7))]
+    after = [any_word(rng) for _ in range(rng.randrange(5))]
+    text = " ".join([*before, wording]) + rng.choice(("", "", ",", ":", ".", "?", "!") if after else MARKS)
+    if after:
+        after[0] = questions.upper_first(after[0]) if text[-1] in ".?!" else after[0]
+        text += " " + " ".join(after) + rng.choice(MARKS)
+    return questions.upper_first(text)
+
+
+def any_word(rng: random.Random) -> str:
+    """A word of the world, or one of one to three syllables that means nothing."""
+    if rng.random() < 0.5:
+        return rng.choice(_some_words())
+    parts = (rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.choice((1, 2, 2, 3))))
+    return "".join(parts) + rng.choice(("", "", *CONSONANTS))
+
+
+@cache
+def _some_words() -> tuple[str, ...]:
+    return tuple(sorted(facts.common_words()))
 
 
 def make_plain(rng: random.Random, test: bool, sizes=(1, 2, 2, 2, 3, 3, 3), ops="+++--***/") -> Problem:
