@@ -51,6 +51,7 @@ class Record:
     ):
         self.main = main
         self.wandb = None
+        self.view: Any = None  # in a terminal: what shows steps in place of lines (nanochat/live.py)
         self.lost = 0  # rows in a row that could not be written
         self.path = Path(path)
         if not main:
@@ -110,12 +111,17 @@ class Record:
             else:
                 self.event("saved", **one)
 
-    def step(self, step: int, console: str = "", **values: Any) -> None:
-        """Append a training step; `console` is the line for people."""
+    def step(self, step: int, console: str = "", done: float | None = None, **values: Any) -> None:
+        """Append a training step; `console` is the line for people, `done` the share of the run behind it.
+
+        In a terminal the line that stays at the bottom takes the place of `console`.
+        """
         self.event("step", step=step, **values)
         if self.main and self.wandb is not None:
             self.wandb.log(plain(values), step=step)
-        if console:
+        if self.view is not None and done is not None:
+            self.view.show(done, values)
+        elif console:
             self.say(console)
 
     def eval(self, step: int, console: str = "", **values: Any) -> None:

@@ -17,7 +17,7 @@ FREE = {
     "run", "device_type", "resume", "resume_from_step", "force", "keep", "save_every", "eval_every", "eval_tokens",
     "sample_every", "core_metric_every", "core_metric_max_per_task", "compile", "attention", "model_tag", "bundle",
     "chatcore_every", "chatcore_max_cat", "chatcore_max_sample", "eval_examples", "keep_every", "keep_best",
-    "watchdog", "spike", "spike_action", "device_batch_size", "shard", "recompute",
+    "watchdog", "profile", "spike", "spike_action", "device_batch_size", "shard", "recompute",
 }  # fmt: skip
 
 

@@ -224,7 +224,8 @@ class StopSignal:
         if not self.received:
             self.received, self.since = number, time.monotonic()
             if self.tell:  # past Python's buffers, which the signal may have interrupted
-                os.write(2, b"stopping after this step; once more stops at once, without saving\n")
+                text = b"stopping after this step; once more stops at once, without saving\n"
+                os.write(2, b"\n" + text if os.isatty(2) else text)  # a terminal's last line may not have ended
         elif time.monotonic() - self.since >= GRACE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

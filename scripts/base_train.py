@@ -24,9 +24,11 @@ from nanochat import (
     dataloader,
     dataset,
     hardware,
+    live,
     loss_eval,
     nodes,
     optim,
+    profiling,
     record,
     resume,
     runtime,
@@ -99,6 +101,7 @@ class Config:
     resume_from_step: int = -1  # go on from exactly this step
     force: bool = False  # resume although flags differ from those the run was started with
     watchdog: float = 10.0  # write every rank's stacks when a step takes so many times the median; -1: never
+    profile: bool = False  # trace a few early steps with torch.profiler, into the run's folder profile/
     spike: float = -1.0  # deviations above the recent loss or gradient norm that make a step a spike; -1: no rule
     spike_action: str = "skip"  # skip the update, or rollback: to the last checkpoint, without the data since
     model_tag: str = ""  # name of the run's folder; empty: d<depth>
@@ -268,7 +271,9 @@ def main(cfg: Config) -> dict:
     for note in (*plan.notes, *notes, *resume.make_way(root, found, cfg.resume, rt)):
         log.say(f"note: {note}")
     watched = watch.Watch(log, rt, off(cfg.watchdog))
-    with log, contextlib.closing(loader), saver, watched, train.StopSignal(rt) as stop, train.calm_gc() as calm:
+    traced = profiling.Profile(log, rt, cfg.profile)
+    with (log, live.View(log), contextlib.closing(loader), saver, watched, traced, train.StopSignal(rt) as stop,
+          train.calm_gc() as calm):  # fmt: skip
         step, here, batch = start, start if found else -1, None  # `here`: the step whose checkpoint is already there
         while True:
             last, signum = step == plan.iterations, stop.agreed(rt)
@@ -317,12 +322,13 @@ def main(cfg: Config) -> dict:
             rt.synchronize()
             seconds = time.perf_counter() - began
             watched.end()
+            traced.step(step)
             at.meter.tick(loss, plan.batch, seconds)
             used = train.mfu(plan.batch, seconds, plan.flops_per_token, peak, rt.world)
             log.step(
                 step, line(step, plan, at.meter, lr_mult, seconds, used), loss=loss, smooth_loss=at.meter.loss,
                 lr=lr_mult, grad_norm=norm, seconds=seconds, tokens_per_second=plan.batch / seconds, mfu=used,
-                memory=rt.bytes_now(),
+                memory=rt.bytes_now(), done=(step + 1) / plan.iterations,
                 tokens=at.meter.tokens, epoch=batch.note.epoch, shard=batch.note.shard,
             )  # fmt: skip
             if at.spikes.why:

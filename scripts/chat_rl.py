@@ -24,8 +24,10 @@ from nanochat import (
     chat_eval,
     checkpoint,
     cli,
+    live,
     nodes,
     optim,
+    profiling,
     record,
     resume,
     runtime,
@@ -84,6 +86,7 @@ class Config:
     resume_from_step: int = -1  # go on from exactly this step
     force: bool = False  # resume although flags differ
     watchdog: float = 10.0  # write every rank's stacks when a step takes so many times the median; -1: never
+    profile: bool = False  # trace a few early steps with torch.profiler, into the run's folder profile/
 
 
 @dataclasses.dataclass
@@ -224,7 +227,8 @@ def main(cfg: Config) -> dict:
     log.say(f"reinforcing {base.path}: {steps} updates of {cfg.examples_per_step} x {cfg.num_samples} replies")
     for note in (*notes, *resume.make_way(root, found, cfg.resume, rt)):
         log.say(f"note: {note}")
-    with log, saver, watch.Watch(log, rt, off(cfg.watchdog)) as watched, train.StopSignal(rt) as stop:
+    watched, traced = watch.Watch(log, rt, off(cfg.watchdog)), profiling.Profile(log, rt, cfg.profile)
+    with log, live.View(log), saver, watched, traced, train.StopSignal(rt) as stop:
         for step in range(start, steps + 1):
             last, signum = step == steps, stop.agreed(rt)
             if (signum or last or train.due(step, off(cfg.save_every))) and not (found and step == start):
@@ -261,11 +265,12 @@ def main(cfg: Config) -> dict:
                 optimizer.zero_grad()
             seconds = time.perf_counter() - began
             watched.end()
+            traced.step(step)
             at.meter.tick(loss, int(tokens), seconds)
             console = (f"step {step:4d}/{steps} | reward {paid / drawn:.3f} | {taught:.0f} replies taught | "
                        f"lr x {lr_mult:.2f} | {seconds:.1f} s")  # fmt: skip
             log.step(step, console, reward=paid / drawn, lr=lr_mult, grad_norm=norm, seconds=seconds,
-                     taught=int(taught), targets=tokens, memory=rt.bytes_now())  # fmt: skip
+                     taught=int(taught), targets=tokens, memory=rt.bytes_now(), done=(step + 1) / steps)  # fmt: skip
     # 6. summary ------------------------------------------------------------------------------------------------------
     summary = {"step": steps, **metrics, "seconds": at.meter.seconds, "seconds_saving": saver.blocked,
                "peak_bytes": rt.peak_bytes(), "checkpoint": str(root / f"step_{steps:06d}")}  # fmt: skip

@@ -21,9 +21,11 @@ from nanochat import (
     checkpoint,
     cli,
     dataloader,
+    live,
     loss_eval,
     nodes,
     optim,
+    profiling,
     record,
     resume,
     runtime,
@@ -86,6 +88,7 @@ class Config:
     resume_from_step: int = -1  # go on from exactly this step
     force: bool = False  # resume although flags differ
     watchdog: float = 10.0  # write every rank's stacks when a step takes so many times the median; -1: never
+    profile: bool = False  # trace a few early steps with torch.profiler, into the run's folder profile/
     spike: float = -1.0  # deviations above the recent loss or gradient norm that make a step a spike; -1: no rule
     spike_action: str = "skip"  # skip the update, or rollback: to the last checkpoint, without the data since
 
@@ -203,7 +206,9 @@ def main(cfg: Config) -> dict:
     for note in (*size["notes"], *notes, *resume.make_way(root, found, cfg.resume, rt)):
         log.say(f"note: {note}")
     watched = watch.Watch(log, rt, off(cfg.watchdog))
-    with log, contextlib.closing(loader), saver, watched, train.StopSignal(rt) as stop, train.calm_gc() as calm:
+    traced = profiling.Profile(log, rt, cfg.profile)
+    with (log, live.View(log), contextlib.closing(loader), saver, watched, traced, train.StopSignal(rt) as stop,
+          train.calm_gc() as calm):  # fmt: skip
         step, here, position = start, start if found else -1, at.loader  # `here`: the step already saved
         while True:
             done = progress(cfg, step, position, len(data))
@@ -245,13 +250,14 @@ def main(cfg: Config) -> dict:
             rt.synchronize()
             seconds = time.perf_counter() - began
             watched.end()
+            traced.step(step)
             at.meter.tick(loss, size["batch"], seconds)
             console = (
                 f"step {step:5d} ({100 * done:3.0f} %) | loss {at.meter.loss:.4f} | lr x {lr_mult:.2f} | "
                 f"{1000 * seconds:6.0f} ms | {at.meter.seconds / 60:.1f} min"
             )
             log.step(step, console, loss=loss, smooth_loss=at.meter.loss, lr=lr_mult, grad_norm=norm, seconds=seconds,
-                     memory=rt.bytes_now(),
+                     memory=rt.bytes_now(), done=progress(cfg, step + 1, position, len(data)),
                      tokens_per_second=size["batch"] / seconds, targets=round(rt.world / weight),
                      epoch=batches[-1].note.epoch)  # fmt: skip
             if at.spikes.why:

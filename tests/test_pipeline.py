@@ -1,6 +1,7 @@
 """Every stage through its main(cfg) on a tiny model, from nothing to a chat; and the equalities a run must keep."""
 
 import dataclasses
+import gzip
 import json
 import os
 import shutil
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from terminal import COLUMNS, Terminal
 from test_core_eval import write_bundle
 
-from nanochat import checkpoint, record, train
+from nanochat import checkpoint, live, profiling, record, train
 from nanochat.errors import UserError
 from scripts import base_eval, base_train, bench_text, chat_eval, chat_rl, chat_sft, report, tok_train
 from tasks import common
@@ -107,6 +109,46 @@ def test_the_last_checkpoint_is_saved_before_anything_is_evaluated_pitfall_1(
     with pytest.raises(RuntimeError, match="the evaluation broke"):
         stage.main(dataclasses.replace(cfg, save_every=-1, num_iterations=1))
     assert steps == [1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "cfg", "source", "evaluation"),
+    [(base_train, BASE, "base", "bpb"), (chat_sft, SFT, "sft", "validation_bpb"), (chat_rl, RL, "rl", "evaluate")],
+)
+def test_a_run_in_a_terminal_is_one_line_below_what_it_says_and_its_trace_is_written(
+    here, tmp_path, monkeypatch, stage, cfg, source, evaluation
+):
+    for name in ("tokenizer", "base_checkpoints", "chatsft_checkpoints"):
+        shutil.copytree(here / name, tmp_path / name)
+    for name, value in (("NANOCHAT_BASE_DIR", tmp_path), ("TERM", "xterm"), ("COLUMNS", COLUMNS)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(live, "REDRAW", 0.0)
+    monkeypatch.setattr(profiling, "BEFORE", 1)
+
+    def warns(*_):
+        print("a warning of a library", file=sys.stderr)
+        return {"pass@1": 0.5, "pass@1_se": 0.1} if stage is chat_rl else 1.0
+
+    monkeypatch.setattr(stage, evaluation, warns)
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal.streams[0])
+        patch.setattr(sys, "stderr", terminal.streams[1])
+        stage.main(dataclasses.replace(cfg, profile=True, num_iterations=3, save_every=-1, eval_every=100))
+    shown = terminal.close()
+    bars = [line for line in shown if "█" in line]
+    name = "reward" if stage is chat_rl else "loss"
+    assert len(bars) == 1 and bars[0].startswith(f" 100 % {'█' * 10}") and f"| {name}" not in bars[0], shown
+    assert f"{name} " in bars[0] and not [line for line in shown if "| lr x" in line], shown  # no lines of steps
+    assert "a warning of a library" in shown  # alone on its line
+    rows = record.read(checkpoint.folder(source) / "tiny" / "record.jsonl")
+    (traced,) = [row for row in rows if row["kind"] == "profile"]
+    assert traced["steps"] == [1, 2]  # the run ends before a third
+    with gzip.open(traced["path"]) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"ProfilerStep#1", "ProfilerStep#2", "aten::mm"} <= names and "ProfilerStep#0" not in names
+    assert traced["operators"][0]["share"] >= traced["operators"][-1]["share"] > 0
+    assert [line for line in shown if "open it with https://ui.perfetto.dev" in line], shown
 
 
 @pytest.mark.parametrize(
