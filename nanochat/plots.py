@@ -21,6 +21,13 @@ class Curve(NamedTuple):
     y: list[float]
 
 
+class Picture(NamedTuple):
+    """A drawing: its title and its <svg> element."""
+
+    title: str
+    svg: str
+
+
 class Fit(NamedTuple):
     """y = a x^b, fitted in logarithms; residuals are log(y / fit)."""
 
@@ -55,8 +62,8 @@ def _pyplot():
     return pyplot
 
 
-def _svg(fig, title: str) -> str:
-    """The figure as an <svg> element whose ids are its own, with a title for those who can't see it."""
+def _svg(fig, title: str) -> Picture:
+    """The figure as a Picture whose ids are its own, with a title for those who can't see it."""
     out = io.StringIO()
     fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     _pyplot().close(fig)
@@ -67,7 +74,7 @@ def _svg(fig, title: str) -> str:
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return Picture(title, text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
 
 def thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
@@ -77,7 +84,7 @@ def thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
     return [x[i] for i in keep], [y[i] for i in keep]
 
 
-def lines(curves: list[Curve], title: str, x_label: str, y_label: str) -> str:
+def lines(curves: list[Curve], title: str, x_label: str, y_label: str) -> Picture:
     """A line plot."""
     fig, axes = _pyplot().subplots(figsize=(5.2, 3.1), layout="constrained")
     for curve in curves:
@@ -91,27 +98,38 @@ def lines(curves: list[Curve], title: str, x_label: str, y_label: str) -> str:
     return _svg(fig, title)
 
 
-def radar(scores: dict[str, dict[str, float]], title: str, circle: float | None = None, circle_label: str = "") -> str:
-    """Scores by axis for each label, on spokes from -0.1 to 1; `circle`: one value that is the same on every spoke."""
-    names = list(next(iter(scores.values())))
+def radar(scores: dict[str, dict[str, float]], title: str, other: dict[str, float], other_label: str,
+          circle: float, circle_label: str) -> Picture:  # fmt: skip
+    """Scores by axis for each label, on spokes from -0.1 to 1; `other`: known scores, perhaps not on every spoke.
+
+    `circle`: a value that is the same on every spoke.
+    """
+    names = list(dict.fromkeys(name for values in scores.values() for name in values))
     angles = [2 * math.pi * i / len(names) for i in range(len(names))]
-    fig, axes = _pyplot().subplots(figsize=(6.4, 5.6), layout="constrained", subplot_kw={"polar": True})
+    fig, axes = _pyplot().subplots(figsize=(6.4, 6.2), layout="constrained", subplot_kw={"polar": True})
     for label, values in scores.items():
-        points = [max(values.get(name, 0.0), -0.1) for name in names]
+        points = [max(values.get(name, math.nan), -0.1) for name in names]
         axes.plot([*angles, angles[0]], [*points, points[0]], linewidth=1.4, label=label)
         axes.fill([*angles, angles[0]], [*points, points[0]], alpha=0.12)
-    if circle is not None:
-        ring = [2 * math.pi * i / 180 for i in range(181)]
-        axes.plot(ring, [circle] * len(ring), linestyle="--", linewidth=1.2, color="0.35", label=circle_label)
-    axes.set_xticks(angles, [name.replace("_", " ") for name in names], fontsize=7)
+    known = [(angle, max(other[name], -0.1)) for angle, name in zip(angles, names) if name in other]
+    if known:
+        line = "--" if len(known) == len(names) else "none"
+        axes.plot(*zip(*known, known[0]), linestyle=line, marker="D", markersize=4, color="0.35", label=other_label)
+    ring = [2 * math.pi * i / 180 for i in range(181)]
+    axes.plot(ring, [circle] * len(ring), linestyle=":", linewidth=1.2, color="0.35", label=circle_label)
+    axes.set_xticks(angles, [""] * len(names))
+    for angle, name in zip(angles, names):  # beside the circle: to its right on the right, to its left on the left
+        side = "center" if abs(math.cos(angle)) < 0.1 else "left" if math.cos(angle) > 0 else "right"
+        shown = name.removeprefix("bigbench_").replace("_", " ")
+        axes.text(angle, 1.06, shown, fontsize=7, ha=side, va="center")
     axes.set_ylim(-0.1, 1.0)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", ".25", ".5", ".75", "1"], fontsize=7)
-    axes.set_title(title)
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.12, -0.12))
+    axes.set_title(title, pad=24)
+    fig.legend(frameon=False, fontsize=8, loc="outside lower center")
     return _svg(fig, title)
 
 
-def law(points: list[tuple[str, float, float]], title: str, x_label: str, y_label: str) -> str:
+def law(points: list[tuple[str, float, float]], title: str, x_label: str, y_label: str) -> Picture:
     """(label, x, y) of runs with the fitted power law, and the residuals in percent below it."""
     x, y = [p[1] for p in points], [p[2] for p in points]
     found = fit(x, y)
@@ -125,6 +143,9 @@ def law(points: list[tuple[str, float, float]], title: str, x_label: str, y_labe
         above.annotate(label, (at, value), fontsize=6, xytext=(3, 3), textcoords="offset points")
     above.legend(frameon=False, fontsize=8)
     above.set(title=title, ylabel=y_label)
+    if max(y) < 20 * min(y):  # too few powers of ten: name the values between them
+        above.yaxis.set_minor_formatter(lambda value, _: f"{value:.2g}")
+        above.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     below.axhline(0, color="0.5", linewidth=0.8)
     below.semilogx(x, [100 * (math.exp(r) - 1) for r in found.residuals], "o", markersize=4)
     below.set(xlabel=x_label, ylabel="off, %")

@@ -155,7 +155,8 @@ class Record:
 
 def _stands(row: dict, step: int) -> bool:
     """Does an earlier life's row still count after a resume at `step`? What was measured at `step` itself does."""
-    return row.get("step") is None or row["step"] < step or (row["step"] == step and row["kind"] == "eval")
+    own = row.get("step")
+    return not isinstance(own, int) or own < step or (own == step and row["kind"] == "eval")
 
 
 def read(path: Path | str) -> list[dict]:
@@ -170,12 +171,13 @@ def read(path: Path | str) -> list[dict]:
             row = json.loads(line)
         except ValueError:  # the process died while writing this line
             continue
-        if not isinstance(row, dict) or "kind" not in row:  # a damaged one
+        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):  # a damaged one
             continue
-        if row["kind"] == "start" and not row.get("stage", "").endswith("_eval"):
-            step = row.get("resume_step")
-            rows = [] if step is None else [old for old in rows if _stands(old, step)]
-        if row["kind"] == "rollback":
-            rows = [old for old in rows if _stands(old, row["step"])]
+        begins = row["kind"] == "start" and not str(row.get("stage")).endswith("_eval")
+        step = row.get("resume_step") if begins else row.get("step")
+        if begins and step is None:
+            rows = []
+        elif (begins or row["kind"] == "rollback") and isinstance(step, int):
+            rows = [old for old in rows if _stands(old, step)]
         rows.append(row)
     return rows

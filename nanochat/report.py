@@ -1,23 +1,39 @@
-"""What runs did, as one Markdown file and one self-contained HTML page: plan, curves, samples, scores; runs compared.
+"""What runs did: plan, curves, scores, samples of each stage, and several runs compared, as tables and pictures.
 
 Everything comes from the records (`record.jsonl`, see nanochat/record.py) that the stages wrote into the artefact
-folder; nothing is measured again. Pictures are SVG inside the page: no network, no scripts, no files beside it.
+folder; nothing is measured again. A record of another version, cut off or damaged, gives what can be read of it.
+nanochat/report_page.py puts it on paper.
 """
 
-import html
+import csv
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat import plots, record
 from nanochat.errors import UserError
-from nanochat.plots import Curve
+from nanochat.plots import Curve, Picture
 
 STAGES = (("base", "base_checkpoints"), ("sft", "chatsft_checkpoints"), ("rl", "chatrl_checkpoints"))
 Rows = list[dict]
 Run = dict[str, Rows]  # rows of each stage's record by stage name: tok, base, sft, rl
 
-GPT2_CORE = 0.256525  # GPT-2 XL (1.6 B): the published nanochat's reference for its leaderboard
-GPT2_SOURCE = "GPT-2 XL, mean 0.2565 (published nanochat)"
+
+class Reference(NamedTuple):
+    """Another model's CORE: who and by which source, centred accuracy by task (perhaps not all), mean of all tasks."""
+
+    label: str
+    tasks: dict[str, float]
+    core: float
+
+
+GPT2 = Reference(  # (accuracy - chance) / (1 - chance); the published nanochat states these six and the mean of all 22
+    "GPT-2 XL (published nanochat, dev/estimate_gpt3_core.ipynb)",
+    {"hellaswag_zeroshot": (0.502 - 0.25) / 0.75, "lambada_openai": 0.523, "hellaswag": (0.512 - 0.25) / 0.75,
+     "piqa": (0.725 - 0.5) / 0.5, "arc_easy": (0.595 - 0.25) / 0.75, "arc_challenge": (0.299 - 0.25) / 0.75},
+    0.256525,
+)  # fmt: skip
+GPT2_TABLE = "openai-community-gpt2-xl.csv"  # GPT-2 XL on all 22, in the bundle that CORE is measured with
 MORE = {  # of a step's row, beside the loss: title, unit
     "reward": ("mean reward", "share right"),
     "lr": ("learning-rate multiplier", "of the peak"),
@@ -32,18 +48,31 @@ CURVES = {"loss": ("training loss", "nats a token"), **MORE}
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+def sound(row: dict) -> bool:
+    """Has the row what its kind is read for? Rows of other versions, and damaged ones, may not."""
+    needed = {"step": {"step": int}, "eval": {"step": int}, "sample": {"step": int, "prompt": str, "text": str},
+              "plan": {"plan": dict}}.get(row["kind"], {})  # fmt: skip
+    return isinstance(row.get("time"), int | float) and all(isinstance(row.get(k), t) for k, t in needed.items())
+
+
+def newest(base_dir: Path) -> str:
+    """The tag of the run whose record was written last."""
+    found = [path for _, folder in STAGES for path in (base_dir / folder).glob("*/record.jsonl")]
+    if not found:
+        raise UserError(f"No record of a run in {base_dir}: train first.")
+    return max(found, key=lambda path: path.stat().st_mtime).parent.name
+
+
 def collect(base_dir: Path, tag: str | None = None) -> Run:
-    """Rows of each stage's record, by stage name, for `tag` (default: the tag whose record is newest)."""
-    found = {}
-    if (base_dir / "tokenizer" / "record.jsonl").exists():
-        found["tok"] = record.read(base_dir / "tokenizer" / "record.jsonl")
-    records = {stage: list((base_dir / folder).glob(f"{tag or '*'}/record.jsonl")) for stage, folder in STAGES}
-    if not any(records.values()):
-        raise UserError(f"No record of a run{f' named {tag}' if tag else ''} in {base_dir}: train first.")
-    if tag is None:
-        newest = max((path for paths in records.values() for path in paths), key=lambda p: p.stat().st_mtime)
-        return collect(base_dir, newest.parent.name)
-    found |= {stage: record.read(paths[0]) for stage, paths in records.items() if paths}
+    """Rows of each stage's record, by stage name, for `tag` (default: the newest); only rows that can be read."""
+    tag = tag or newest(base_dir)
+    places = [("tok", base_dir / "tokenizer")] + [(stage, base_dir / folder / tag) for stage, folder in STAGES]
+    files = [(stage, folder / "record.jsonl") for stage, folder in places if (folder / "record.jsonl").is_file()]
+    if not any(stage != "tok" for stage, _ in files):
+        raise UserError(f"No record of a run named {tag} in {base_dir}: train first.")
+    found = {stage: rows for stage, path in files if (rows := [row for row in record.read(path) if sound(row)])}
+    if not any(stage != "tok" for stage in found):
+        raise UserError(f"The records of {tag} in {base_dir} hold no row that can be read: nothing was trained yet.")
     return found
 
 
@@ -52,13 +81,18 @@ def plan_of(rows: Rows) -> dict[str, Any]:
     return next((row["plan"] for row in reversed(rows) if row["kind"] == "plan"), {})
 
 
+def number(value: Any) -> float:
+    """The value, if it is a number; else 0."""
+    return value if isinstance(value, int | float) else 0
+
+
 def axes_of(rows: Rows) -> dict[int, dict[str, float]]:
     """For each training step how far the run was: step, tokens, flops and minutes of training up to its end."""
     plan, minutes, found = plan_of(rows), 0.0, {}
-    each = plan.get("flops_per_token")
+    each = number(plan.get("flops_per_token"))
     for row in (row for row in rows if row["kind"] == "step"):
-        minutes += (row.get("seconds") or 0.0) / 60
-        tokens = row.get("tokens") or (row["step"] + 1) * plan.get("batch", 0)
+        minutes += number(row.get("seconds")) / 60
+        tokens = number(row.get("tokens")) or (row["step"] + 1) * number(plan.get("batch"))
         found[row["step"]] = {"step": row["step"], "tokens": tokens, "minutes": minutes}
         if each:
             found[row["step"]]["flops"] = tokens * each
@@ -108,42 +142,56 @@ def scores(rows: Rows) -> dict[str, float]:
 
 def core_tasks(rows: Rows) -> dict[str, float]:
     """Centred accuracy by CORE task of the newest evaluation; empty if there is none."""
-    tasks = next((row["core_tasks"] for row in reversed(rows) if row.get("core_tasks")), {})
+    tasks = next((row["core_tasks"] for row in reversed(rows) if isinstance(row.get("core_tasks"), dict)), {})
     found = {name: one.get("centered") if isinstance(one, dict) else one for name, one in tasks.items()}
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
 def seconds(rows: Rows) -> float:
     """Wall-clock seconds of a stage: of training itself where the summary says so, else from first to last row."""
-    stated = [row["seconds"] for row in rows if row["kind"] == "summary" and row.get("seconds")]
+    stated = [row["seconds"] for row in rows if row["kind"] == "summary" and number(row.get("seconds"))]
     return stated[-1] if stated else rows[-1]["time"] - rows[0]["time"]
+
+
+def reference(text: str) -> Reference:
+    """The scores in a table of CORE (Task, Accuracy, Centered; the mean in a row CORE); GPT2 if it can't be read."""
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines())]
+    try:
+        scores = {row[0]: float(row[2]) for row in rows if len(row) > 2 and row[0] != "Task"}
+        return Reference("GPT-2 XL (published nanochat, in CORE's bundle)", scores, scores.pop("CORE"))
+    except (KeyError, ValueError):
+        return GPT2
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def figures(runs: dict[str, Run]) -> list[tuple[str, list[str]]]:
-    """(heading, pictures) of all runs: one line a run in each picture."""
+def figures(runs: dict[str, Run], other: Reference = GPT2) -> list[tuple[str, list[Picture]]]:
+    """(heading, pictures) of all runs: one line a run in each picture; `other`: whose CORE is drawn beside it."""
     found = []
     for stage, _ in STAGES:
         have = {name: run[stage] for name, run in runs.items() if stage in run}
         pictures = [*loss_pictures(stage, have), *more_pictures(stage, have), *eval_pictures(stage, have)]
         if pictures:
             found.append((stage, pictures))
-    spokes = {name: tasks for name, run in runs.items() if (tasks := core_tasks(run.get("base", [])))}
-    if spokes:
-        title = "CORE by task (centred on chance)"
-        found.append(("CORE", [plots.radar(spokes, title, GPT2_CORE, GPT2_SOURCE)]))
+    if spokes := core_of(runs):
+        title, mean = "CORE by task (centred on chance)", f"its mean of 22 tasks, {other.core:.4f}"
+        found.append(("CORE", [plots.radar(spokes, title, other.tasks, other.label, other.core, mean)]))
     return found
 
 
-def drawn(curves: list[Curve], title: str, axis: str, unit: str) -> list[str]:
+def core_of(runs: dict[str, Run]) -> dict[str, dict[str, float]]:
+    """The runs that were judged by CORE, with their scores by task."""
+    return {name: tasks for name, run in runs.items() if (tasks := core_tasks(run.get("base", [])))}
+
+
+def drawn(curves: list[Curve], title: str, axis: str, unit: str) -> list[Picture]:
     """A picture of the curves that have two points at least; none if there is no such curve."""
     curves = [one for one in curves if len(one.x) > 1]
     return [plots.lines(curves, title, axis, unit)] if curves else []
 
 
-def loss_pictures(stage: str, have: dict[str, Rows]) -> list[str]:
+def loss_pictures(stage: str, have: dict[str, Rows]) -> list[Picture]:
     """The smoothed loss, and validation bpb, over each axis."""
     pictures = []
     for kind, name, title, unit in (("step", "smooth_loss", "training loss", "nats a token"),
@@ -154,7 +202,7 @@ def loss_pictures(stage: str, have: dict[str, Rows]) -> list[str]:
     return pictures
 
 
-def more_pictures(stage: str, have: dict[str, Rows]) -> list[str]:
+def more_pictures(stage: str, have: dict[str, Rows]) -> list[Picture]:
     """Rates, gradient norms, throughput, memory, reward over the steps."""
     pictures = []
     for name, (title, unit) in MORE.items():
@@ -165,7 +213,7 @@ def more_pictures(stage: str, have: dict[str, Rows]) -> list[str]:
     return pictures
 
 
-def eval_pictures(stage: str, have: dict[str, Rows]) -> list[str]:
+def eval_pictures(stage: str, have: dict[str, Rows]) -> list[Picture]:
     """Every other evaluation that was made twice or more."""
     names = {k for rows in have.values() for row in rows if row["kind"] == "eval" for k in row}
     pictures = []
@@ -176,15 +224,22 @@ def eval_pictures(stage: str, have: dict[str, Rows]) -> list[str]:
     return pictures
 
 
-def law_pictures(table: list[dict[str, str]]) -> list[str]:
+def cell(row: dict[str, str], name: str) -> float:
+    """A number of a table's row; NaN if it is none."""
+    try:
+        return float(row.get(name) or "nan")
+    except ValueError:
+        return math.nan
+
+
+def law_pictures(table: list[dict[str, str]]) -> list[Picture]:
     """The laws of a series (scripts.series' CSV as dicts): loss over FLOPs and parameters, tokens over FLOPs."""
-    number = lambda row, name: float(row.get(name) or "nan")
     pictures = []
     for x, y, title in (("flops", "val_bpb", "bits per byte over compute"),
                         ("scaling_parameters", "val_bpb", "bits per byte over scaling parameters"),
                         ("flops", "tokens", "tokens over compute")):  # fmt: skip
-        points = [(f"d{row.get('depth', '')}", number(row, x), number(row, y)) for row in table]
-        points = [p for p in points if p[1] > 0 and p[2] > 0]
+        points = [(f"d{row.get('depth', '')}", cell(row, x), cell(row, y)) for row in table]
+        points = [p for p in points if 0 < p[1] < math.inf and 0 < p[2] < math.inf]
         if len({p[1] for p in points}) > 1:
             pictures.append(plots.law(points, title, x.replace("_", " "), y.replace("_", " ")))
     return pictures
@@ -202,14 +257,29 @@ def score_table(run: Run) -> list[list[str]]:
     return [["metric", *columns], *([name, *(show(last[s].get(name)) for s in columns)] for name in names)]
 
 
+def ending(rows: Rows) -> str:
+    """How the stage ended, by the last of its rows that tells."""
+    for row in reversed(rows):
+        if row["kind"] == "step" or row["kind"] == "plan":
+            return "no end in its record: it still runs, or was killed"
+        if row["kind"] == "failed":
+            return f"failed: {str(row.get('message')).splitlines()[0][:120]}"
+        if row["kind"] == "stopped":
+            return f"stopped by signal {row.get('signal')}"
+        if row["kind"] == "summary" and "seconds" in row:
+            return "finished"
+    return "never began"
+
+
 def stage_table(run: Run) -> list[list[str]]:
-    """Header and rows: a stage, its time, its last step and what it says of itself."""
-    rows = [["stage", "minutes", "steps", "peak memory, GiB"]]
+    """Header and rows: a stage, its time, its updates, its memory and how it ended."""
+    rows = [["stage", "minutes", "updates", "peak memory, GiB", "end"]]
     for stage, lines in run.items():
-        last = max((row["step"] for row in lines if row["kind"] == "step"), default=None)
-        peak = next((row["peak_bytes"] for row in reversed(lines) if row.get("peak_bytes")), None)
+        done = max((row["step"] + 1 for row in lines if row["kind"] == "step"), default=0)
+        peak = next((row["peak_bytes"] for row in reversed(lines) if number(row.get("peak_bytes"))), None)
         memory = "–" if peak is None else f"{peak / 2**30:.2f}"
-        rows.append([stage, f"{seconds(lines) / 60:.1f}", "–" if last is None else str(last), memory])
+        end, updates = ("–", "–") if stage == "tok" else (ending(lines), f"{done:,}")
+        rows.append([stage, f"{seconds(lines) / 60:.1f}", updates, memory, end])
     return rows
 
 
@@ -239,6 +309,15 @@ def samples(run: Run, most: int = 8, times: int = 4) -> list[list[str]]:
     return out
 
 
+def core_table(runs: dict[str, Run], other: Reference) -> list[list[str]]:
+    """Header and rows: a CORE task, its centred accuracy in each run that was judged, and that of `other`."""
+    columns = core_of(runs) | {other.label: other.tasks}
+    names = dict.fromkeys(task for name in columns if name in runs for task in columns[name])
+    show = lambda value: "–" if value is None else f"{value:.4f}"
+    rows = [[name, *(show(tasks.get(name)) for tasks in columns.values())] for name in names]
+    return [["task", *columns], *rows]
+
+
 def plan_lines(run: Run) -> list[list[str]]:
     """What pretraining decided, name and value."""
     flat = [["what", "value"]]
@@ -248,17 +327,15 @@ def plan_lines(run: Run) -> list[list[str]]:
     return flat
 
 
-def tables(runs: dict[str, Run]) -> list[tuple[str, list[list[str]]]]:
+def tables(runs: dict[str, Run], other: Reference) -> list[tuple[str, list[list[str]]]]:
     """(title, rows) of every table that has a row."""
     found = [("Compared", compared(runs))] if len(runs) > 1 else []
     for name, run in runs.items():
         of = f" of {name}" if len(runs) > 1 else ""
         found += [(f"Stages{of}", stage_table(run)), (f"Scores{of}", score_table(run)), (f"Samples{of}", samples(run)),
                   (f"Plan{of}", plan_lines(run))]  # fmt: skip
+    found.append(("CORE by task", core_table(runs, other)))
     return [(title, rows) for title, rows in found if len(rows) > 1]
-
-
-# -- the two files ----------------------------------------------------------------------------------------------------
 
 
 def grid(rows: list[list[str]]) -> str:
@@ -268,58 +345,24 @@ def grid(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def markdown(runs: dict[str, Run], about: dict[str, str]) -> str:
-    """The report as Markdown."""
-    parts = [f"# Report of {', '.join(runs)}\n", *(f"- {name}: {value}" for name, value in about.items())]
-    for title, rows in tables(runs):
-        parts += [f"\n## {title}\n", grid(rows)]
-    return "\n".join(parts) + "\n"
+# -- together ----------------------------------------------------------------------------------------------------------
+
+TITLES = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement"}
 
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; font-size: 1.25rem; }
-nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: left; vertical-align: top; }
-th { background: var(--soft); } td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
-.figures figure { margin: 0; } svg { width: 100%; height: auto; background: white; border-radius: 6px; }
-.figures.few { max-width: 42rem; }
-"""
+class Report(NamedTuple):
+    """What nanochat/report_page.py writes: a name, facts about its making, tables and pictures by their headings."""
+
+    name: str
+    about: dict[str, str]
+    tables: list[tuple[str, list[list[str]]]]
+    figures: list[tuple[str, list[Picture]]]
 
 
-def table_html(rows: list[list[str]]) -> str:
-    """Header and rows as HTML."""
-    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
-    return f"<div class=wide><table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table></div>"
-
-
-def page(runs: dict[str, Run], about: dict[str, str], series: list[dict[str, str]] | None = None) -> str:
-    """The report as one HTML page that needs nothing else. series: the rows of scripts.series' CSV."""
-    groups = figures(runs)
+def make(runs: dict[str, Run], about: dict[str, str], series: list[dict[str, str]] | None = None,
+         other: Reference = GPT2) -> Report:  # fmt: skip
+    """The report of one run, or of several compared. series: rows of scripts.series' CSV, whose laws are drawn."""
+    groups = [(TITLES.get(heading, heading), pictures) for heading, pictures in figures(runs, other)]
     if series and (laws := law_pictures(series)):
-        groups.append(("scaling laws", laws))
-    titles = {"base": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement", "scaling laws": "Scaling laws"}
-    sections = []
-    for heading, pictures in groups:
-        few = " few" if len(pictures) == 1 else ""
-        inside = "".join(f"<figure>{picture}</figure>" for picture in pictures)
-        sections.append((titles.get(heading, heading), f"<div class='figures{few}'>{inside}</div>"))
-    long = ("Plan", "Samples")
-    grids = [(title, table_html(rows)) for title, rows in tables(runs)]
-    short = [(t, g) for t, g in grids if not t.startswith(long)]
-    rest = [(t, g) for t, g in grids if t.startswith("Samples")]
-    folded = [(t, f"<details><summary>show</summary>{g}</details>") for t, g in grids if t.startswith("Plan")]
-    body = [*short, *sections, *rest, *folded]
-    name = html.escape(", ".join(runs))
-    facts = " · ".join(html.escape(f"{key}: {value}") for key, value in about.items())
-    links = "".join(f"<a href='#s{i}'>{html.escape(title)}</a>" for i, (title, _) in enumerate(body))
-    text = "".join(f"<h2 id=s{i}>{html.escape(title)}</h2>{inside}\n" for i, (title, inside) in enumerate(body))
-    head = "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    icon = "<link rel=icon href='data:,'>"
-    return (
-        f"{head}{icon}<title>nanochat: {name}</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>Report of {name}</h1><p>{facts}</p><nav>{links}</nav>{text}</main></body></html>\n"
-    )
+        groups.append(("Scaling laws", laws))
+    return Report(", ".join(runs), about, tables(runs, other), groups)

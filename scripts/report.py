@@ -5,12 +5,13 @@ python -m scripts.report --model-tag=pocket,other --series=miniseries.csv
 python -m scripts.report --log=CLAUDE.md     # a row for the newest finished stage in the file's Experiment Log
 """
 
+import contextlib
 import csv
 import dataclasses
 import subprocess
 from pathlib import Path
 
-from nanochat import checkpoint, cli, hardware, journal, paths, record, report
+from nanochat import checkpoint, cli, core_eval, hardware, journal, paths, record, report, report_page
 from nanochat.errors import UserError
 
 
@@ -29,22 +30,31 @@ def about() -> dict[str, str]:
 
 
 def gather(tags: str) -> dict[str, report.Run]:
-    """The runs by their tags; without tags the newest one, by its own."""
-    if not tags:
-        run = report.collect(paths.base_dir())
-        newest = next(stage for stage in ("rl", "sft", "base") if stage in run)
-        start = next((row for row in run[newest] if row["kind"] == "start"), {})
-        return {(start.get("config") or {}).get("model_tag") or "newest run": run}
-    return {tag: report.collect(paths.base_dir(), tag) for tag in tags.split(",")}
+    """The runs by their tags; without tags the newest one."""
+    names = [tag.strip() for tag in tags.split(",") if tag.strip()] or [report.newest(paths.base_dir())]
+    return {tag: report.collect(paths.base_dir(), tag) for tag in names}
+
+
+def gpt2() -> report.Reference:
+    """GPT-2's CORE by task, from the bundle where that is here; else the six tasks that are published elsewhere too."""
+    base = paths.base_dir()
+    for path in (base / "eval_bundle", base / "eval_bundle.zip"):
+        if path.exists():
+            with contextlib.suppress(UserError):
+                return report.reference(core_eval.Bundle(path).text(report.GPT2_TABLE))
+    return report.GPT2
 
 
 def read_series(path: str) -> list[dict[str, str]]:
     """The rows of the CSV."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"--series={path} can't be read ({error.strerror}): make it with scripts.series.") from error
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"--series={path} can't be read ({error}): make it with scripts.series.") from error
+    if not rows or not {"flops", "val_bpb"} <= set(rows[0]):
+        raise UserError(f"--series={path} has no rows with flops and val_bpb: make it with scripts.series.")
+    return rows
 
 
 def newest_row(tag: str) -> list[str]:
@@ -71,10 +81,7 @@ def main(cfg: Config) -> dict:
     runs = gather(cfg.model_tag)
     series = read_series(cfg.series) if cfg.series else None
     folder = Path(cfg.output) if cfg.output else paths.base_dir() / "report"
-    facts = about()
-    for name, text in (("report.md", report.markdown(runs, facts)), ("report.html", report.page(runs, facts, series))):
-        with paths.atomic_write(folder / name, "w") as file:
-            file.write(text)
+    report_page.write(report.make(runs, about(), series, gpt2()), folder)
     print(f"report: {folder / 'report.md'} and {folder / 'report.html'}")
     return {"folder": str(folder), "scores": report.score_table(next(iter(runs.values())))}
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from nanochat import attention, checkpoint, cli, cost, paths, pictures, record, report, scaling
+from nanochat import attention, checkpoint, cli, cost, paths, pictures, plots, record, report, scaling
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
@@ -143,15 +143,11 @@ def run_point(tag: str, rows: list[dict]) -> dict[str, Any] | None:
 
 
 def fit(points: list[tuple[float, float]]) -> dict[str, Any] | None:
-    """The power law y = a x^b through the points by least squares of the logarithms; None for fewer than three."""
+    """The power law y = a x^b through the points, with its residuals; None for fewer than three."""
     if len({x for x, _ in points}) < 3:
         return None
-    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
-    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    b = sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / sum((x - mx) ** 2 for x in xs)
-    a = my - b * mx
-    residuals = [round(y - (a + b * x), 5) for x, y in zip(xs, ys)]
-    return {"a": math.exp(a), "b": b, "residuals": residuals}
+    law = plots.fit(*map(list, zip(*points)))
+    return {"a": law.a, "b": law.b, "residuals": [round(residual, 5) for residual in law.residuals]}
 
 
 def best_at_each_budget(runs: list[dict]) -> list[dict]:

@@ -1,10 +1,13 @@
 """The report: curves stand where they were measured, runs are compared, laws fitted; the page needs nothing else."""
 
+import json
 import math
+import os
+import xml.etree.ElementTree
 
 import pytest
 
-from nanochat import plots, record, report
+from nanochat import plots, record, report, report_page
 from nanochat.errors import UserError
 from scripts import report as script
 
@@ -46,15 +49,118 @@ def test_the_page_has_every_picture_escapes_what_models_write_and_needs_nothing_
     for title in ("base: training loss over FLOPs", "base: validation over minutes", "base: gradient norm",
                   "base: memory in use", "base: throughput", "CORE by task", "bits per byte over compute"):  # fmt: skip
         assert title in page, title
-    assert "GPT-2 XL, mean 0.2565" in page and "&lt;b&gt;half" in page and "<b>half" not in page
+    assert "GPT-2 XL (published nanochat, dev/estimate_gpt3_core.ipynb)" in page and "0.2565" in page
+    assert "&lt;b&gt;half" in page and "<b>half" not in page
     assert "<script" not in page and "src=" not in page and 'href="http' not in page
     ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids)), "pictures share ids: a clip path of one would hide another"
     text = (base_dir / "out" / "report.md").read_text()
     assert "| base val_bpb | 1.0000 | 0.5000 |" in text and "half</b> \\| done" in text
     assert "| base | 10 | A dog |" in text and "| base | 20 | A dog | barks |" in text  # samples over time
-    with pytest.raises(UserError, match="scripts.series"):
-        script.main(script.Config(model_tag="one", series="nothing.csv"))
+    shown = [line.split("](")[1][:-1] for line in text.splitlines() if line.startswith("![")]
+    assert len(shown) == page.count("<svg ") >= 14 and "report_pictures/core_by_task_centred_on_chance.svg" in shown
+    for name in shown:  # each a picture by itself, as Markdown shows it
+        assert xml.etree.ElementTree.parse(base_dir / "out" / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    for wrong, said in (("nothing.csv", "can't be read"), (str(base_dir / "out" / "report.md"), "no rows with flops")):
+        with pytest.raises(UserError, match=said):
+            script.main(script.Config(model_tag="one", series=wrong))
+
+
+def test_gpt2_stands_beside_the_run_by_task_where_it_is_known(base_dir):
+    write(base_dir)
+    runs = {"one": report.collect(base_dir, "one")}
+    table = report.core_table(runs, report.GPT2)
+    assert [row[0] for row in table] == ["task", "copa", "piqa", "squad"]
+    assert table[2] == ["piqa", "0.1000", "0.4500"] and table[1][2] == "–"  # published for piqa: 72.5 % of two choices
+    assert report.GPT2.core == 0.256525 and len(report.GPT2.tasks) == 6
+    (base_dir / "eval_bundle").mkdir()
+    (base_dir / "eval_bundle" / "core.yaml").write_text("icl_tasks: []\n")
+    assert script.gpt2() == report.GPT2  # a bundle without the table
+    csv = "Task , Accuracy , Centered\ncopa , 0.64 , 0.28\nsquad , 0.37 , 0.37\nCORE , , 0.256525\n"
+    (base_dir / "eval_bundle" / report.GPT2_TABLE).write_text(csv)
+    assert script.gpt2()[1:] == ({"copa": 0.28, "squad": 0.37}, 0.256525)
+    assert report.reference("nothing of the kind") == report.GPT2
+    assert [row[2] for row in report.core_table(runs, script.gpt2())[1:]] == ["0.2800", "–", "0.3700"]
+
+
+def test_a_run_killed_before_its_first_step_is_a_page_that_says_so(base_dir):
+    write(base_dir, steps=0, core=False)
+    path = base_dir / "base_checkpoints" / "one" / "record.jsonl"
+    begun = path.read_text().splitlines()[:2]  # start and plan
+    path.write_text("\n".join(begun) + "\n")
+    script.main(script.Config(output=str(base_dir / "out")))
+    text = (base_dir / "out" / "report.md").read_text()
+    assert "# Report of one" in text and "| base | 0.0 | 0 | – | no end in its record" in text and "![" not in text
+    path.write_text(begun[0] + "\n")
+    assert report.ending(report.collect(base_dir)["base"]) == "never began"
+    path.write_text(begun[0][:20])  # torn in its first row
+    with pytest.raises(UserError, match="The records of one in .* hold no row that can be read"):
+        script.main(script.Config())
+
+
+def test_a_run_without_evaluations_and_one_that_failed_are_pages(base_dir):
+    write(base_dir)
+    path = base_dir / "base_checkpoints" / "one" / "record.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    bare = [row for row in rows if row["kind"] not in ("eval", "sample", "summary", "plan")]
+    failed = {"kind": "failed", "time": rows[-1]["time"], "error": "UserError", "message": "the disk | is full\nso"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*bare, failed]))
+    script.main(script.Config(output=str(base_dir / "out")))
+    text = (base_dir / "out" / "report.md").read_text()
+    assert "failed: the disk \\| is full |" in text and "## Scores" not in text
+    assert "base_training_loss_over_minutes.svg" in text and "over_flops" not in text  # no plan: no FLOPs
+
+
+def strange(rows):
+    """Records as other versions, or damage, might leave them, made from sound rows."""
+    odd = [{"kind": "step", "time": 1.0}, {"kind": "eval", "step": None, "time": 1.0}, {"kind": "plan", "time": 1.0},
+           {"kind": "sample", "step": 3, "time": 1.0}, {"kind": "news", "time": 1.0, "step": "seven"},
+           {"kind": "step", "step": 4, "loss": 1.0}, {"kind": "eval", "time": 1.0, "step": 2, "core_tasks": ["a"]},
+           {"kind": "step", "step": 5, "time": 1.0, "loss": "low", "seconds": "long", "tokens": {}, "memory": None},
+           {"kind": "plan", "time": 1.0, "plan": {"batch": None, "flops_per_token": "many"}},
+           {"kind": "failed", "time": 2.0},
+           {"kind": "summary", "time": 2.0, "seconds": None, "peak_bytes": "x"}]  # fmt: skip
+    yield [*rows, *odd]
+    yield [*odd, *rows]
+    yield odd
+    for row in odd:
+        yield [row, *rows, row]
+    for gone in sorted({key for row in rows for key in row} - {"kind"}):
+        yield [{key: value for key, value in row.items() if key != gone} for row in rows]
+        yield [{key: (None if key == gone else value) for key, value in row.items()} for row in rows]
+        yield [{key: ([1] if key == gone else value) for key, value in row.items()} for row in rows]
+
+
+def test_records_of_other_versions_or_damaged_ones_are_a_page_or_a_sentence(base_dir, monkeypatch):
+    monkeypatch.setattr(plots, "lines", lambda *a: plots.Picture(a[1], "<svg/>"))  # drawing is tested above, and slow
+    write(base_dir, steps=4)
+    path = base_dir / "base_checkpoints" / "one" / "record.jsonl"
+    sound = [json.loads(line) for line in path.read_text().splitlines()]
+    for rows in strange(sound):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(text + text.splitlines()[-1][:25])  # and the last row torn
+        try:
+            made = report.make({"one": report.collect(base_dir, "one")}, {})
+            assert made.tables and report_page.page(made) and report_page.markdown(made)
+        except UserError as error:
+            assert "no row that can be read" in str(error)
+
+
+def test_without_a_tag_it_is_the_run_that_was_written_last(base_dir):
+    for i, tag in enumerate(("old", "new", "middle")):
+        write(base_dir, tag, steps=2, core=False)
+        os.utime(base_dir / "base_checkpoints" / tag / "record.jsonl", (100 + i % 2, 100 + i % 2))
+    assert report.newest(base_dir) == "new" and list(script.gather("")) == ["new"]
+    assert list(script.gather("old, middle,")) == ["old", "middle"]
+    with pytest.raises(UserError, match="No record of a run named none in"):
+        script.gather("none")
+
+
+def test_a_law_leaves_out_what_is_no_number():
+    rows = [{"depth": "1", "flops": "1e12", "val_bpb": "2"}, {"depth": "2", "flops": "1e13", "val_bpb": "1"},
+            {"flops": "much", "val_bpb": "1"}, {"flops": "inf", "val_bpb": "1", "tokens": ""}]  # fmt: skip
+    (picture,) = report.law_pictures(rows)
+    assert picture.title == "bits per byte over compute" and "d1" in picture.svg and "d2" in picture.svg
 
 
 def test_a_power_law_is_found_and_what_is_off_it_shows():
