@@ -6,7 +6,11 @@ Three ways take turns on the same model and batch; the best of the turns counts,
 after the backward pass: stack by shape, pad, reduce-scatter), "after" (banks, all buckets after the backward pass) and
 "during" (banks, each bucket as soon as its gradients are there). Exposed is the time between the end of the backward
 pass and the last gradient's arrival; the hidden share is 1 - exposed / exposed of "after". On a CPU that has no core to
-spare for it, communication that is hidden still slows the backward pass: the whole time tells.
+spare for it, communication that is hidden still slows the backward pass: the whole time tells. Real-time priority takes
+the network's threads their turns; use none. A wire as between machines, on one (root, Linux; --note says so):
+
+    unshare -n bash -c 'ip link set lo up; tc qdisc add dev lo root tbf rate 4gbit burst 4mb latency 400ms;
+        GLOO_SOCKET_IFNAME=lo torchrun --master_addr=127.0.0.1 --nproc_per_node=2 -m scripts.bench_overlap'
 """
 
 import dataclasses
@@ -35,6 +39,7 @@ class Config:
     sequence_len: int = 512  # tokens a row
     turns: int = 8  # each way is timed so often
     device_type: str = ""  # cuda or cpu; empty: the best there is
+    note: str = ""  # written into the output: how the network was slowed, for instance
     output: str = ""  # JSON file of the raw output; empty: printed only
 
 
