@@ -68,7 +68,7 @@ class Int8Matrix(Matrix):
         weight = weight.detach().float()
         scale = weight.abs().amax(1, keepdim=True).clamp_(min=1e-12) / 127
         self.whole, self.scale = (weight / scale).round().to(torch.int8), scale.squeeze(1).bfloat16()
-        super().__init__(self.whole * self.scale.unsqueeze(1), dtype)
+        super().__init__(self.whole * self.scale.float().unsqueeze(1), dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > INT8_ROWS:

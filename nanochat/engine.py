@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import logprobs
+from nanochat import logprobs, native
 from nanochat.decode import Batch, Runner
 from nanochat.errors import UserError, refuse
 from nanochat.gpt import GPT
@@ -63,7 +63,7 @@ class Engine:
     cache_tokens: room for keys and values (None: slots whole sequences, if memory allows); block: tokens a block.
     frozen: promise that the weights never change again; else they are laid out anew, and the cache is forgotten,
     whenever work begins. int8: 8-bit weights (CPU). static: decode with fixed shapes, graphs: as CUDA graphs (both
-    None: on a GPU).
+    None: on a GPU). A CPU decodes in C where it can (nanochat/native.py).
     """
 
     def __init__(
@@ -86,7 +86,11 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         static = on_gpu if static is None else static
         graphs = on_gpu if graphs is None else graphs
-        self.static = StaticDecode(self.runner, self.cache, max(slots, GUESS_ROWS), graphs) if static else None
+        rows = max(slots, GUESS_ROWS)
+        # what decodes faster than the runner, if anything does: fixed shapes on a GPU, C on a CPU
+        self.decoder = (
+            StaticDecode(self.runner, self.cache, rows, graphs) if static else native.find(self.runner, self.cache)
+        )
         self.forwards = 0  # calls of the model so far
         self._stale = True  # whether the runner's layout may differ from the weights
         self._counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"), 0)
@@ -234,8 +238,8 @@ class Engine:
         if isinstance(self.runner, Runner):
             self.runner.refresh()
         self.cache.flush()
-        if self.static:
-            self.static.forget()
+        if self.decoder:
+            self.decoder.forget()
         self._stale = False
 
     def _decode(self, plan: Plan) -> torch.Tensor:
@@ -246,8 +250,8 @@ class Engine:
             for i, guess in enumerate(guesses):
                 batch.add(sequence.pages, [batch.ids[-1], guess], len(sequence) + i)
         self.forwards += 1
-        if self.static:
-            return self.static(batch)
+        if self.decoder:
+            return self.decoder(batch)
         return self.runner(batch, Rows(self.cache, list(zip(batch.owners, batch.positions))))
 
     def _read(self, plan: Plan) -> torch.Tensor:

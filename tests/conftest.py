@@ -13,6 +13,7 @@ os.environ.setdefault("NANOCHAT_DTYPE", "float32")  # some CPUs would train in b
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("NANOCHAT_KERNELS", str(ROOT / ".pytest_cache" / "kernels"))  # one for all base folders
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,7 +19,7 @@ LAYERS = [
     {"tokenizer", "chat", "packing", "manifest", "download", "dataset", "tinyworld", "lanes", "prefetch", "dataloader"},
     {"checkpoint", "nodes", "saving", "resume"},
     {"sampling", "logprobs", "tools", "streaming", "speculation", "sandbox", "execution"},
-    {"blocks", "kvcache", "prefix", "paged", "decode", "graphs", "sequence", "scheduler", "engine"},
+    {"blocks", "kvcache", "prefix", "paged", "decode", "graphs", "native", "sequence", "scheduler", "engine"},
     {
         "loss_eval",
         "core_eval",

@@ -42,7 +42,9 @@ def test_the_wheel_runs_in_an_empty_folder_and_holds_every_module_and_data_file(
         archive.extractall(tmp_path / "site")
     for folder in ("nanochat", "scripts", "tasks"):
         for path in (ROOT / folder).rglob("*"):
-            kept = path.suffix in (".py", ".html", ".csv", ".txt", ".tsv") and "__pycache__" not in path.parts
+            kept = (
+                path.suffix in (".py", ".html", ".csv", ".txt", ".tsv", ".c", ".h") and "__pycache__" not in path.parts
+            )
             if kept and path.is_file():
                 assert str(path.relative_to(ROOT)) in inside, f"the wheel lacks {path.relative_to(ROOT)}"
     assert not [name for name in inside if name.startswith(("tests/", "dev/", "runs/"))]

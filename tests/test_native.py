@@ -1,0 +1,258 @@
+"""The decode step in C (native.py, kernels/cpu_forward) against GPT.forward; how it is compiled, and without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decode import both
+from tiny_model import TOKENIZER, tiny_gpt
+
+from nanochat import native
+from nanochat.engine import Engine
+from nanochat.kernels import cpu_forward
+from nanochat.kernels.cpu_forward import Unavailable
+from nanochat.sampling import Sampling
+
+ROOT = Path(__file__).resolve().parents[1]
+GREEDY = Sampling(temperature=0, max_tokens=5, stop_tokens=())
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """As a process that has not yet asked for the library, with a cache of its own."""
+    monkeypatch.setenv("NANOCHAT_KERNELS", str(tmp_path / "kernels"))
+    cpu_forward.library.cache_clear()
+    yield tmp_path / "kernels"
+    cpu_forward.library.cache_clear()
+
+
+def script(path, text):
+    """A program."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+# -- right ------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def cases(draw):
+    """A shape, rows of any lengths, the tokens that all begin with, threads."""
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 4))
+    window = st.one_of(st.just("L"), st.integers(1, 40).map(str))
+    shape = {
+        "n_layer": layers, "n_kv_head": kv_heads, "n_head": heads,
+        "n_embd": heads * 2 * draw(st.integers(1, 7)), "vocab_size": draw(st.integers(265, 330)),
+        "window_pattern": ",".join(draw(st.lists(window, min_size=2, max_size=3))),
+    }  # fmt: skip
+    size, shared = draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([0, 0, 16, 32]))
+    lengths = draw(st.lists(st.integers(shared, 58), min_size=1, max_size=20))
+    return shape, lengths, shared, size, draw(st.integers(1, 3))
+
+
+def check(case):
+    """The C's logits are those of GPT.forward."""
+    shape, lengths, shared, size, threads = case
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fast, slow = both(tiny_gpt(1, **shape), lengths, steps=2, way="native", shared=shared, size=size)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_c_equals_the_whole_forward(case):
+    check(case)
+
+
+@pytest.mark.parametrize("flags", [(), ("-mavx2", "-mfma")], ids=str)
+def test_other_vectors_compute_the_same(flags, tmp_path, monkeypatch):
+    if flags and "avx2" not in cpu_forward.processor():
+        pytest.skip("this processor has no AVX2")
+    path = tmp_path / "other.so"
+    assert cpu_forward.build(cpu_forward.find_compiler(), (*cpu_forward.FLAGS, *flags), path) == ""
+    library = cpu_forward.load(path)
+    assert library.panel_columns() == (16 if flags else 8)
+    monkeypatch.setattr(cpu_forward, "library", lambda: library)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13):
+        check(({"n_embd": 40}, [11] * rows, 0, 4, 2))
+
+
+def test_long_rows_and_a_wide_model():
+    model = tiny_gpt(3, sequence_len=300, n_embd=192, n_head=3, n_kv_head=3, window_pattern="100,L")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(0.4)  # logits of a usual size: in fp32 rounding grows with them
+    fast, slow = both(model, [280, 129, 16, 250, 3, 0, 77, 200, 90], way="native", size=16)
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
+
+
+def test_nan_is_not_hidden_and_stays_in_its_row():
+    model = tiny_gpt()
+    engine = Engine(model, TOKENIZER, guesses=0)
+    with torch.no_grad():
+        model.transformer.wte.weight[7] = float("nan")
+    sequences = [engine.submit(ids, GREEDY)[0] for ids in ([1, 2, 7, 3], [1, 2, 4, 3])]
+    engine.step()
+    seen = []
+    decode = engine.decoder
+    engine.decoder = lambda batch: seen.append(decode(batch)) or seen[-1]
+    engine.step()
+    assert len(sequences) == 2 and seen[0][0].isnan().all() and seen[0][1].isfinite().all()
+
+
+def test_int8_equals_torch_with_the_same_rounded_weights():
+    lengths = [20, 3, 30, 9, 1]  # more rows than INT8_ROWS: torch computes in fp32 with rounded weights
+    fast, _ = both(tiny_gpt(n_embd=64), lengths, int8=True, way="native")
+    slow, _ = both(tiny_gpt(n_embd=64), lengths, int8=True)
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
+
+
+def test_only_what_c_can_compute_is_given_to_it():
+    engines = [Engine(tiny_gpt(), TOKENIZER), Engine(tiny_gpt().double(), TOKENIZER)]
+    engines += [Engine(tiny_gpt().bfloat16(), TOKENIZER), Engine(tiny_gpt(), TOKENIZER, static=True)]
+    assert [isinstance(engine.decoder, native.Native) for engine in engines] == [True, False, False, False]
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_sleep_between_two_steps():
+    torch.set_num_threads(2)
+    try:
+        both(tiny_gpt(), [5, 9, 30], way="native")
+        time.sleep(0.05)
+        before = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - before < 0.1
+    finally:
+        torch.set_num_threads(1)
+
+
+FORKED = """
+import os, sys
+sys.path.insert(0, "tests")
+import torch
+from test_native import check
+torch.get_num_threads = lambda: 3  # for us; torch itself has one, as its threads do not survive a fork
+case = {}, [5, 9, 30], 0, 4, 1
+check(case)
+child = os.fork()
+check(case)
+if not child:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_fork_has_threads_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# -- compiling --------------------------------------------------------------------------------------------------------
+
+
+def falls_back(caplog, reason):
+    """An engine works all the same, and says once why it goes by torch."""
+    model = tiny_gpt()
+    for _ in range(2):
+        engine = Engine(model, TOKENIZER)
+        assert engine.decoder is None
+    [line] = [record.getMessage() for record in caplog.records]
+    assert reason in line and "\n" not in line
+    assert engine.complete([[1, 2]], GREEDY)[0][0].ids == list(model.generate_naive([1, 2], 5, temperature=0))
+
+
+def test_without_a_compiler_torch_decodes(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    falls_back(caplog, "there is no C compiler")
+
+
+def test_a_compiler_that_fails_is_told(fresh, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CC", script(tmp_path / "bad", "echo 'x.c: error: out of order' >&2; exit 1"))
+    falls_back(caplog, "out of order")
+    assert list(fresh.iterdir()) == []  # nothing half made
+
+
+def test_a_compiler_that_does_not_run_is_told(fresh, monkeypatch, caplog, tmp_path):
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"\x7fELF nonsense")
+    bad.chmod(0o755)
+    monkeypatch.setenv("CC", str(bad))
+    falls_back(caplog, "does not run")
+
+
+def test_an_empty_nanochat_kernels_turns_it_off(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("NANOCHAT_KERNELS", "")
+    falls_back(caplog, "NANOCHAT_KERNELS is set and empty")
+
+
+def test_a_folder_that_others_can_write_is_not_loaded_from(fresh, caplog):
+    fresh.mkdir()
+    fresh.chmod(0o777)
+    falls_back(caplog, "others can write")
+
+
+def test_a_damaged_file_is_not_fatal(fresh, caplog):
+    path = cpu_forward.compiled()
+    path.write_bytes(b"damaged")
+    falls_back(caplog, "remove it")
+
+
+def test_it_is_compiled_once_and_again_for_another_compiler(fresh, monkeypatch, tmp_path):
+    first = cpu_forward.compiled()
+    made = first.stat().st_mtime_ns
+    assert cpu_forward.compiled() == first and first.stat().st_mtime_ns == made
+    real = cpu_forward.find_compiler()
+    monkeypatch.setenv("CC", script(tmp_path / "other", f'[ "$1" = --version ] && echo 99 || exec {real} "$@"'))
+    second = cpu_forward.compiled()
+    assert second != first and set(fresh.iterdir()) == {first, second}
+    assert fresh.stat().st_mode & 0o077 == 0
+
+
+def test_a_compiler_without_march_native_will_do(fresh, monkeypatch, tmp_path):
+    real = cpu_forward.find_compiler()
+    refuse = f'case "$*" in *-march=native*) exit 1;; esac; exec {real} "$@"'
+    monkeypatch.setenv("CC", script(tmp_path / "plain", refuse))
+    assert cpu_forward.library().panel_columns() >= 8
+
+
+def test_the_cache_lies_in_the_artefact_folder(fresh, monkeypatch, base_dir):
+    monkeypatch.delenv("NANOCHAT_KERNELS")
+    assert cpu_forward.folder() == base_dir / "kernels"
+
+
+def test_unavailable_needs_no_engine(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(Unavailable, match="no-such-compiler"):
+        cpu_forward.compiled()
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_the_source_has_no_warnings(compiler, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here")
+    for flags in ((cpu_forward.NATIVE,), ()):
+        command = [compiler, *cpu_forward.FLAGS, *flags, "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
+        command += [str(cpu_forward.SOURCE), "-o", str(tmp_path / "strict.so"), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:3000]
