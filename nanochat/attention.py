@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) ->
     return (read @ value).transpose(1, 2).to(q.dtype)
 
 
-def load(name: str):
+def load(name: str) -> ModuleType:
     """Import the backend's module `nanochat.kernels.<name>`. An unknown name is a UserError."""
     if name not in BACKENDS:
         raise UserError(f"unknown attention backend {name!r}: choose auto or one of {', '.join(BACKENDS)}.")

@@ -140,6 +140,7 @@ def _newest(messages: list[Message], tokenizer: Tokenizer, budget: int) -> list[
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
     sizes = [len(_message(message, tokenizer)[0]) for message in turns]
+    kept = messages
     for start in range(0, len(turns), 2):
         kept = [*system, *turns[start:]]
         if sum(sizes[start:]) <= budget and _size(kept, tokenizer) <= budget:
@@ -194,11 +195,10 @@ def _message(message: Message, tokenizer: Tokenizer) -> tuple[Ids, list[int]]:
 
 def _part(part: dict, tokenizer: Tokenizer) -> Ids:
     """One part as ids. Its own "ids" (see `parse_reply`) are taken only if they spell its text without specials."""
-    ids = part.get("ids")
-    if not _spells(ids, part["text"], tokenizer):
-        ids = tokenizer.encode(part["text"])
+    own = part.get("ids")
+    ids = list(own) if _spells(own, part["text"], tokenizer) else tokenizer.encode(part["text"])
     if part["type"] == "text":
-        return list(ids)
+        return ids
     start, end = (tokenizer.special(name) for name in DELIMITERS[part["type"]])
     return [start, *ids, end]
 

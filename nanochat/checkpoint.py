@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -25,6 +25,9 @@ from safetensors import safe_open
 from nanochat import paths, shard
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
+
+if TYPE_CHECKING:
+    from nanochat.tokenizer import Tokenizer
 
 FORMAT = 1
 FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
@@ -253,8 +256,10 @@ def restore(model: GPT, weights: Mapping[str, torch.Tensor], path: Path) -> None
         model.load_state_dict(dict(weights))
 
 
-def build_model(source: str | Path, tag: str | None = None, step: int | None = None, *, device="cpu",
-                dtype: torch.dtype = torch.float32, attend=None):  # fmt: skip
+def build_model(
+    source: str | Path, tag: str | None = None, step: int | None = None, *, device="cpu",
+    dtype: torch.dtype = torch.float32, attend=None,
+) -> tuple[GPT, "Tokenizer", dict[str, Any]]:  # fmt: skip
     """Load a trained model and the tokenizer it belongs to: (model in eval mode, tokenizer, meta).
 
     `source` is base, sft or rl, or the path of a checkpoint directory.

@@ -278,7 +278,9 @@ def score(model, rows: Sequence[Row], pad: int, device: torch.device, **cache) -
 
 
 @torch.no_grad()
-def score_shared(model, rows: Sequence[Row], groups: Sequence[int], pad: int, device: torch.device):
+def score_shared(
+    model, rows: Sequence[Row], groups: Sequence[int], pad: int, device: torch.device
+) -> tuple[list[float], list[bool]]:
     """`score` where rows of one group (neighbours) begin alike: the common beginning goes through the model once."""
     members = [[row for row, g in zip(rows, groups) if g == group] for group in dict.fromkeys(groups)]
     # the token before the scored ones stays with the ending: its logits are wanted

@@ -49,11 +49,6 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * parameters(config)["scaling"] + 12 * config.n_embd * _attended(config)
 
 
-def decode_flops(config: GPTConfig, context: int) -> int:
-    """FLOPs of generating one token behind `context` tokens: 2 a matmul parameter, 4 a head channel and key."""
-    return 2 * parameters(config)["scaling"] + 4 * config.n_embd * _attended(config, context)
-
-
 def kv_bytes_per_token(config: GPTConfig, bytes_per_value: int = 2) -> int:
     """Bytes that one token adds to a cache that keeps every layer's keys and values for the whole context."""
     return 2 * config.n_layer * config.kv_dim * bytes_per_value
@@ -118,10 +113,19 @@ UPDATE_ROOM = {2: 13, 4: 16}
 def memory(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: int = 2, accum: int = 1,
            device: str = "cuda", forward: str = "",
            shard: str = "optimizer", recompute: bool = False) -> dict[str, int]:  # fmt: skip
-    """Bytes a device needs at the peak of a training step, by part, for `rows` rows of the whole context.
+    """Bytes a device needs at the peak of a training step, by part: the larger of `moments`, whose arguments it has."""
+    both = moments(config, rows, world=world, bytes_per_value=bytes_per_value, accum=accum, device=device,
+                   forward=forward, shard=shard, recompute=recompute)  # fmt: skip
+    return max(both.values(), key=lambda parts: parts["total"])
 
-    The peak is one of two moments, the larger one's parts are given: the backward pass beginning (all activations are
-    there, the head's gradient is being made), or the update (all gradients are there, and the optimizer needs room).
+
+def moments(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: int = 2, accum: int = 1,
+            device: str = "cuda", forward: str = "",
+            shard: str = "optimizer", recompute: bool = False) -> dict[str, dict[str, int]]:  # fmt: skip
+    """Bytes that the two moments of a training step need that can be its peak, by part, for `rows` whole rows.
+
+    "backward": it begins, all activations are there, the head's gradient is being made. "update": all gradients are
+    there, and the optimizer needs room.
     weights, gradients: fp32; matrices' gradients stay allocated, others come in the backward pass (with accum > 1 they
     are there in the next micro-batch). optimizer: two fp32 moments for AdamW, one for Muon, shared by `world` ranks.
     casts: the matrices once more in the activations' dtype. logits: what the loss needs beside the hidden states.
@@ -149,8 +153,8 @@ def memory(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: int
     }
     update = lasting | {"gradients": 4 * count["total"] // share, "casts": 0, "activations": 0, "logits": 0, "holes": 0,
                         "room": UPDATE_ROOM[bytes_per_value] * largest_bank(config) // world}  # fmt: skip
-    part = max(backward, update, key=lambda parts: sum(parts.values()))
-    return part | {"total": sum(part.values())}
+    return {name: parts | {"total": sum(parts.values())} for name, parts in
+            (("backward", backward), ("update", update))}  # fmt: skip
 
 
 def loss_room(config: GPTConfig, tokens: int, bytes_per_value: int, device: str) -> int:

@@ -38,7 +38,7 @@ def unpack(packed: torch.Tensor) -> tuple[list[int], list[float | None], list[To
     return ids, floats[:, 1].tolist(), [list(zip(*row)) for row in zip(best, values)]
 
 
-def of_prompt(logits: torch.Tensor, ids: torch.Tensor, top: int) -> list[tuple[float, Top]]:
+def of_prompt(logits: torch.Tensor, ids: torch.Tensor, top: int) -> list[tuple[float | None, Top]]:
     """logits (T, V) behind tokens, ids (T,) what came next -> for each its log probability and alternatives."""
     _, logprobs, tops = unpack(pack(logits, ids, True, top))
     return list(zip(logprobs, tops))

@@ -67,6 +67,39 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
+@contextlib.contextmanager
+def staged(path: Path | str) -> Iterator[Path]:
+    """Yield a place of `path`'s name in a temporary folder beside it, for a file, files or a folder that others write.
+
+    On success all that lies there is made durable and moved beside `path` (what had its name is replaced); on any
+    failure, Ctrl-C too, it is removed. UserError: the disk is full, or the folder can't be written.
+    """
+    path = Path(path).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise UserError(_unwritable(path, error)) from error
+    try:
+        stage.chmod(0o755)
+        yield stage / path.name
+        for file in (found for found in stage.rglob("*") if found.is_file()):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        for made in stage.iterdir():
+            if made.is_dir():
+                shutil.rmtree(path.parent / made.name, ignore_errors=True)
+            os.replace(made, path.parent / made.name)
+        sync_folder(path.parent)
+    except (OSError, UserError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if isinstance(cause, OSError) and cause.errno in (*FULL, errno.EROFS):
+            raise UserError(_unwritable(path, cause)) from error  # by its own name, not the temporary one
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
 def _unwritable(path: Path, error: OSError) -> str:
     remedy = "free some space" if error.errno in FULL else "choose a place that can be written"
     return f"{path} can't be written ({error.strerror}): {remedy} and run this again."

@@ -33,8 +33,8 @@ def draw(name: str, props: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     with matplotlib.rc_context(STYLE):
-        figure = pyplot.figure(figsize=(16, 9), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.04, hspace=0.04)
+        figure = pyplot.figure(figsize=(16, 9))
+        figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12, wspace=0.04, hspace=0.04)
         PICTURES[name](figure, props)
         with paths.atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=100)

@@ -59,7 +59,9 @@ def polar_reference(g: torch.Tensor) -> torch.Tensor:  # (m, n) -> (m, n)
     return x if wide else x.T
 
 
-def muon_reference(p, g, m, v, lr, momentum, weight_decay, beta2=MUON_BETA2):
+def muon_reference(
+    p, g, m, v, lr, momentum, weight_decay, beta2=MUON_BETA2
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One Muon step of one matrix p (m, n) with gradient g; m (m, n), v (m, 1) or (1, n). Returns the new p, m, v."""
     rows, cols = p.shape
     m = m + (1 - momentum) * (g - m)
@@ -76,7 +78,7 @@ def muon_reference(p, g, m, v, lr, momentum, weight_decay, beta2=MUON_BETA2):
     return p - lr * (g + weight_decay * p * (g * p >= 0)), m, v  # cautious decay: only where it agrees with the step
 
 
-def adamw_reference(p, g, m, v, t, lr, rule: AdamRule):
+def adamw_reference(p, g, m, v, t, lr, rule: AdamRule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Step t (from 1) of AdamW, arXiv 1711.05101, on any tensor. Returns the new p, m, v."""
     p = p * (1 - lr * rule.weight_decay)
     m = m + (1 - rule.beta1) * (g - m)

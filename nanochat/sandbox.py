@@ -327,7 +327,7 @@ class Other:
         return f"<{self.kind}>"
 
 
-def pack(value):
+def pack(value) -> object:
     """A value as JSON can hold it: numbers, texts and lists as they are, the rest as {"kind": ..., "items": [...]}."""
     if value is None or isinstance(value, bool | str | float):
         return value
@@ -351,7 +351,7 @@ def pack(value):
     return {"kind": "other", "items": type(value).__name__}
 
 
-def unpack(value):
+def unpack(value) -> object:
     """The plain value again: exact built-in types, whatever was packed."""
     if isinstance(value, list):
         return [unpack(item) for item in value]
@@ -368,7 +368,7 @@ def send(link, value) -> None:
         link.sendall(struct.pack("!I", len(data)) + data)
 
 
-def receive(link):
+def receive(link) -> dict | None:
     """The next message; None when the other side is gone or talks nonsense."""
     head = exactly(link, 4)
     size = struct.unpack("!I", head)[0] if head else MESSAGE_LIMIT + 1

@@ -45,7 +45,7 @@ class Keep:
         if self.last is None:
             return set(steps)
         ordered = sorted(steps)
-        kept = set(ordered[-max(self.last, 1) :]) | ({written} & set(steps))
+        kept = set(ordered[-max(self.last, 1) :]) | {step for step in steps if step == written}
         if self.every:
             kept |= {step for step in steps if step % self.every == 0}
         scored = [step for step in steps if step in scores]
@@ -90,7 +90,7 @@ class Saver:
         self._settle()
         self._stop_if(self._failed >= PATIENCE)
         snap = self._snapshot(step, model, optimizer, meta, rank_state or {})
-        if self.runtime.main:
+        if self._pool is not None:
             self._job = self._pool.submit(self._write, snap, dict(self.scores))
         if wait:
             self.wait()
@@ -209,14 +209,16 @@ def write_files(tmp: Path, snap: Snapshot) -> dict[str, dict]:
     return dict(sorted(files.items()))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], label: Mapping[str, Any]) -> dict:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], label: Mapping[str, Any], **more: str) -> dict:
     """Write a safetensors file (https://huggingface.co/docs/safetensors: length, JSON header, data) -> its entry.
+
+    label, more: what its header says: `label` as JSON under "nanochat", `more` as it is.
 
     Written here because the library's writer copies every tensor and keeps the interpreter's lock until all of it is on
     disk, so that training would stand still. Equal tensors give equal bytes.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned, as the library does
-    header: dict[str, Any] = {"__metadata__": {"nanochat": json.dumps(dict(label))}}
+    header: dict[str, Any] = {"__metadata__": {"nanochat": json.dumps(dict(label)), **more}}
     end = 0
     for name in order:
         t = tensors[name]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import tiktoken
 
@@ -90,7 +90,7 @@ class Tokenizer:
 
         check_vocab_size(vocab_size)
         wanted = vocab_size - len(SPECIAL_TOKENS)
-        trainer = rustbpe.Tokenizer()
+        trainer = rustbpe.Tokenizer()  # pyrefly: ignore[missing-attribute]  a compiled module without stubs
         pieces = (piece for text in texts for piece in _pieces(text))
         trainer.train_from_iterator(pieces, wanted, pattern=PATTERN)
         learnt = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
@@ -197,6 +197,16 @@ class Tokenizer:
             return 0
 
     # -- text to ids and back ----------------------------------------------------------------------------------------
+
+    @overload
+    def encode(
+        self, text: str, prepend: int | str | None = None, append: int | str | None = None, threads: int = 8
+    ) -> list[int]: ...
+
+    @overload
+    def encode(
+        self, text: list[str], prepend: int | str | None = None, append: int | str | None = None, threads: int = 8
+    ) -> list[list[int]]: ...
 
     def encode(
         self,

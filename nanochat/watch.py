@@ -7,6 +7,7 @@ although the interpreter's lock is held. Rank 0 adds a heartbeat row to the reco
 whose last row is older than that belongs to a run that is dead or hung.
 """
 
+import contextlib
 import faulthandler
 import statistics
 import threading
@@ -51,6 +52,8 @@ class Watch:
             self._file.close()
             if self.path.stat().st_size == 0:
                 self.path.unlink()
+            with contextlib.suppress(OSError):  # where another rank's stacks are
+                self.path.parent.rmdir()
 
     def begin(self, step: int) -> None:
         """A step begins. The first ones of a process are not watched: they compile."""

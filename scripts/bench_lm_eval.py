@@ -1,147 +1,232 @@
-"""lm-evaluation-harness on an exported folder: its loader, tokenizer and scoring on local parquet and JSON, offline.
+"""lm-evaluation-harness on an exported folder, item by item beside our own evaluations; local files, offline.
 
     python -m scripts.export -i sft && python -m scripts.bench_lm_eval --model=EXPORTED_FOLDER
 
-Writes three local tasks (ARC-Easy from parquet, COPA from the CORE bundle's JSON lines, GSM8K as text to be generated)
-and runs the harness on them with HF_HUB_OFFLINE=1. ARC is also scored by nanochat itself on the
-same items: the two must agree on how many are right.
+Writes five task files and their data, and runs the harness' own `hf` model on them, as
+`lm_eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos_token=True` does. Beside it:
+
+    copa, winograd, lambada_openai   JSON of the CORE bundle; nanochat/core_eval.py
+    arc_easy                         parquet, as chat, the answer a letter; nanochat/chat_eval.py
+    gsm8k                            parquet, as chat, greedy text without the calculator; GPT.generate_naive
+
+An item agrees where both are right or both are wrong, and both gave the same log-likelihoods (or the same text). Those
+that don't fit the model's context are left out: each side shortens a prompt in its own way.
 """
 
 import dataclasses
 import json
 import os
 import tempfile
-import zipfile
+from importlib import metadata
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
 
-from nanochat import cli, gpt, hardware, paths
+from nanochat import chat, chat_eval, cli, core_eval, gpt, hardware, paths
+from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.export import hub, parity
+from nanochat.export import hub
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
+from tasks import arc, gsm8k
+
+TOLERANCE = 1e-3  # nats: of a sum over the tokens of an answer
+ANSWER = 24  # tokens generated for a problem of GSM8K
+CORE = {  # the harness' way of asking a task of the CORE bundle
+    "copa": {"output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
+             "doc_to_target": "{{gold}}"},
+    "winograd": {"output_type": "multiple_choice", "doc_to_text": "{{gold}}", "doc_to_choice": "{{context_options}}",
+                 "doc_to_target": "{{continuation}}"},
+    "lambada_openai": {"output_type": "loglikelihood", "doc_to_text": "{{context|trim}}",
+                       "doc_to_target": "{{' ' + continuation}}"},
+}  # fmt: skip
+CHAT = {
+    "arc_easy": {
+        "output_type": "multiple_choice",  # tasks.common.multiple_choice as a template
+        "doc_to_text": "Multiple Choice question: {{question}}\n{% for text in choices.text %}- {{text}}="
+        "{{choices.label[loop.index0]}}\n{% endfor %}\nRespond only with the letter of the correct answer.",
+        "doc_to_choice": "{{choices.label}}",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+    },
+    "gsm8k": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer.split('####')[-1].strip()}}",
+        "generation_kwargs": {"max_gen_toks": ANSWER, "until": [], "do_sample": False},
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     model: str = ""  # folder that scripts.export wrote
     data: str = "../shared/data"  # folder with tasks/ and eval_bundle.zip
-    limit: int = 40  # items a task
+    limit: int = 100  # items a task
     output: str = ""  # JSON file; empty: only print
 
 
-def tasks(data: Path, folder: Path, limit: int) -> list[dict]:
-    """Write the task files and their data; returns their contents."""
-    arc = pq.read_table(data / "tasks/arc/ARC-Easy_test.parquet").slice(0, limit)
-    pq.write_table(arc, folder / "arc.parquet")
-    with zipfile.ZipFile(data / "eval_bundle.zip") as bundle:
-        name = next(n for n in bundle.namelist() if n.endswith("/copa.jsonl"))
-        lines = bundle.read(name).decode().splitlines()[:limit]
-    (folder / "copa.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    pq.write_table(pq.read_table(data / "tasks/gsm8k/test.parquet").slice(0, limit), folder / "gsm8k.parquet")
-    load = lambda kind, file: {"dataset_path": kind, "dataset_kwargs": {"data_files": {"test": str(folder / file)}}}
-    accuracy = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    found = [
-        {"task": "local_arc", **load("parquet", "arc.parquet"), "output_type": "multiple_choice", "test_split": "test",
-         "doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "{{choices.text}}",
-         "doc_to_target": "{{choices.label.index(answerKey)}}", "metric_list": accuracy},
-        {"task": "local_copa", **load("json", "copa.jsonl"), "output_type": "multiple_choice", "test_split": "test",
-         "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}",
-         "metric_list": accuracy},
-        {"task": "local_gsm8k", **load("parquet", "gsm8k.parquet"), "output_type": "generate_until",
-         "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "{{answer.split('####')[-1].strip()}}",
-         "generation_kwargs": {"max_gen_toks": 24, "until": ["\n\n"], "do_sample": False},
-         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]},
-    ]  # fmt: skip
-    for task in found:
-        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What one side found for one item."""
+
+    right: bool
+    scores: list[float] = dataclasses.field(default_factory=list)  # log-likelihood of each choice, in nats
+    text: str = ""  # what was generated
+    fits: bool = True  # the model's context
+
+
+# ---- the harness -----------------------------------------------------------------------------------------------------
+
+
+def write_task(folder: Path, name: str, form: dict, rows: list[dict]) -> None:
+    """A task's file and its data: CORE's as JSON lines, the others as parquet."""
+    kind = "json" if name in CORE else "parquet"
+    file = folder / f"{name}.{kind}"
+    if kind == "json":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    metric = "exact_match" if form["output_type"] == "generate_until" else "acc"
+    content = {
+        "task": name, "dataset_path": kind, "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test",
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}], **form,
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def harness(model: Path, folder: Path, names: list[str], as_chat: bool) -> dict[str, list[Item]]:
+    """Run lm-eval on task files of `folder`; returns what it found for every item, in the files' order."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    options = {"pretrained": str(model), "trust_remote_code": True, "add_bos_token": True, "dtype": "float32"}
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = simple_evaluate(model="hf", model_args=options, device="cpu", batch_size=8, tasks=names, bootstrap_iters=0,
+                            task_manager=manager, apply_chat_template=as_chat, log_samples=True)  # fmt: skip
+    samples = {name: sorted(found["samples"][name], key=lambda one: one["doc_id"]) for name in names}
+    return {name: [_said(one) for one in samples[name]] for name in names}
+
+
+def _said(sample: dict) -> Item:
+    """An item of the harness' log. One answer: a text, or (log-likelihood, greedy?); several: one pair a choice."""
+    right = bool(sample.get("acc", sample.get("exact_match")))
+    answers = [answer[0] for answer in sample["resps"]]
+    if isinstance(answers[0], str):
+        return Item(right, text=answers[0])
+    return Item(right, scores=[float(answer[0]) for answer in answers])
+
+
+# ---- ourselves -------------------------------------------------------------------------------------------------------
+
+
+def own_core(model: gpt.GPT, tokenizer: Tokenizer, spec: core_eval.Spec, items: list[dict]) -> list[Item]:
+    """CORE's scores of its items. Right by the sum of the choices' tokens, as the harness has it; CORE takes the mean.
+
+    What all choices begin with is no part of CORE's scores: they are the harness' but for a constant an item.
+    """
+    found = []
+    for item in items:
+        texts = core_eval.prompts(spec, item, [])
+        ids = [tokenizer.encode(text, prepend=tokenizer.bos) for text in texts]
+        rows = core_eval.rows_of(spec, ids, model.config.sequence_len)
+        losses, hits = core_eval.score(model, rows, tokenizer.bos, torch.device("cpu"))
+        sums = [-loss * row.span if row.span else 0.0 for loss, row in zip(losses, rows)]
+        right = hits[0] if spec.kind == "language_modeling" else sums.index(max(sums)) == item["gold"]
+        found.append(Item(right, scores=sums, fits=max(map(len, ids)) <= model.config.sequence_len))
     return found
 
 
-class Exported:
-    """Made into a model of the harness by `harness`: what transformers loads from the folder scores and continues."""
-
-    def __init__(self, folder: Path):
-        from transformers import AutoTokenizer
-
-        super().__init__()
-        self.model, self.tokens = parity.load_hf(folder), AutoTokenizer.from_pretrained(folder)
-        self.context = self.model.config.max_position_embeddings
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokens.bos_token_id
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self.tokens(string)["input_ids"]  # bos first, as in every row the model has seen
-
-    @torch.no_grad()
-    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-        found = []
-        for _, context, continuation in requests:
-            ids = (context + continuation)[-self.context :]
-            n = len(continuation)
-            likely = self.model(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
-            target = torch.tensor(ids[-n:])
-            total = float(likely.gather(1, target[:, None]).sum())
-            found.append((total, bool((likely.argmax(-1) == target).all())))
-        return found
-
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        raise UserError("Rolling likelihoods are not part of these tasks.")
-
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        found = []
-        for text, options in (request.args for request in requests):
-            most = options.get("max_gen_toks", 24)
-            ids = torch.tensor([self.tok_encode(text)[-(self.context - most) :]])
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
-            said = self.tokens.decode(out[0, ids.size(1) :], skip_special_tokens=True)
-            for stop in options.get("until", []):
-                said = said.split(stop)[0]
-            found.append(said)
-        return found
+def own_arc(model: gpt.GPT, tokenizer: Tokenizer, task: arc.ARC, place: Path, count: int) -> list[Item]:
+    """chat_eval's verdicts, and the letters' log-likelihoods."""
+    path = place / "own_arc.jsonl"
+    engine = Engine(model, tokenizer, slots=1)
+    chat_eval.evaluate(task, engine, tokenizer, runtime=Runtime.single(), max_problems=count, path=path, batch_size=8)
+    found = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        ids = chat.render_for_completion(task[i], tokenizer)
+        fits = len(ids) < model.config.sequence_len
+        with torch.no_grad():
+            likely = model(torch.tensor([ids]), last_only=True)[0, -1].log_softmax(-1) if fits else None
+        letters = [tokenizer.encode(letter)[0] for letter in task[i]["letters"]]
+        found.append(
+            Item(json.loads(line)["verdicts"][0], [float(likely[j]) for j in letters] if fits else [], "", fits)
+        )
+    return found
 
 
-def harness(model: Path, files: list[dict], folder: Path, limit: int) -> dict:
-    """Run lm-eval on the task files; returns its results by task.
+def own_gsm8k(model: gpt.GPT, tokenizer: Tokenizer, task: gsm8k.GSM8K, answers: list[str]) -> list[Item]:
+    """Greedy replies, right where they are the bare answer, as the task file has it."""
+    found = []
+    for i, answer in enumerate(answers):
+        ids = chat.render_for_completion(task[i], tokenizer)
+        if len(ids) + ANSWER > model.config.sequence_len:
+            found.append(Item(False, fits=False))
+            continue
+        said, end = [], tokenizer.special("<|assistant_end|>")
+        for token in model.generate_naive(ids, ANSWER, temperature=0):
+            if token in (end, tokenizer.bos):
+                break
+            said.append(token)
+        text = tokenizer.decode([token for token in said if token not in tokenizer.specials.values()])
+        found.append(Item(text == answer, text=text))
+    return found
 
-    Through a model class of ours, because the harness' own `--model hf` needs the package accelerate; where that is
-    installed, `lm_eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos_token=True` does.
+
+# ---- beside each other -----------------------------------------------------------------------------------------------
+
+
+def compare(theirs: list[Item], ours: list[Item]) -> dict:
+    """Accuracies over the items that fit, which items differ, and the largest difference of a log-likelihood, in nats.
+
+    Of several choices what counts is by how much each is likelier than the first.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
+    pairs = {i: pair for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[1].fits}
+    centred = lambda scores: [score - scores[0] for score in scores] if len(scores) > 1 else scores
+    off = {i: max((abs(a - b) for a, b in zip(centred(x.scores), centred(y.scores), strict=True)), default=0.0)
+           for i, (x, y) in pairs.items()}  # fmt: skip
+    different = [i for i, (x, y) in pairs.items() if x.right != y.right or x.text != y.text or off[i] > TOLERANCE]
+    digits = lambda side: "".join(str(int(pair[side].right)) for pair in pairs.values())
+    return {
+        "items": len(pairs), "left_out": len(theirs) - len(pairs), "different": different,
+        "harness": digits(0).count("1") / max(len(pairs), 1), "nanochat": digits(1).count("1") / max(len(pairs), 1),
+        "largest_score_difference": max(off.values(), default=0.0),
+        "right_by_harness": digits(0), "right_by_nanochat": digits(1),
+    }  # fmt: skip
 
-    kind = type("ExportedLM", (Exported, TemplateLM), {})
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    names = [task["task"] for task in files]
-    return simple_evaluate(model=kind(model), tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)[
-        "results"
-    ]
 
-
-@torch.no_grad()
-def own_accuracy(model: gpt.GPT, tokenizer: Tokenizer, items: list[dict]) -> float:
-    """ARC as the task file asks, by our own code: the choice whose tokens have the largest summed log probability."""
-    right = 0
-    for item in items:
-        scores = []
-        for choice in item["choices"]["text"]:
-            context = f"Question: {item['question']}\nAnswer:"
-            ids = tokenizer.encode(f"{context} {choice}", prepend="<|bos|>")
-            start = len(tokenizer.encode(context, prepend="<|bos|>"))
-            cut = max(len(ids) - model.config.sequence_len, 0)
-            likely = model(torch.tensor([ids[cut:]]))[0].log_softmax(-1)
-            scores.append(sum(float(likely[i - 1 - cut, ids[i]]) for i in range(start, len(ids))))
-        right += scores.index(max(scores)) == item["choices"]["label"].index(item["answerKey"])
-    return right / len(items)
+def evaluate(cfg: Config, model: gpt.GPT, tokenizer: Tokenizer, place: Path) -> dict[str, dict]:
+    """Every task through the harness and through ourselves."""
+    data = Path(cfg.data)
+    bundle = core_eval.Bundle(data / "eval_bundle.zip")
+    specs = {spec.label: spec for spec in bundle.specs() if spec.label in CORE}
+    items = {name: bundle.items(specs[name])[: cfg.limit] for name in CORE}
+    easy = arc.ARC("ARC-Easy", "test", folder=data / "tasks")
+    sums = gsm8k.GSM8K("main", "test", folder=data / "tasks")
+    items["arc_easy"] = [easy.rows[i] for i in range(min(cfg.limit, len(easy)))]
+    items["gsm8k"] = [sums.rows[i] for i in range(min(cfg.limit, len(sums)))]
+    theirs: dict[str, list[Item]] = {}
+    for forms, as_chat in ((CORE, False), (CHAT, True)):
+        for name, form in forms.items():
+            write_task(place, name, form, items[name])
+        theirs |= harness(Path(cfg.model).resolve(), place, list(forms), as_chat)
+    ours = {name: own_core(model, tokenizer, specs[name], items[name]) for name in CORE}
+    ours["arc_easy"] = own_arc(model, tokenizer, easy, place, len(items["arc_easy"]))
+    answers = [row["answer"].split("####")[-1].strip() for row in items["gsm8k"]]
+    ours["gsm8k"] = own_gsm8k(model, tokenizer, sums, answers)
+    found = {name: compare(theirs[name], ours[name]) for name in ours}
+    scorer = core_eval.Scorer(model, tokenizer, Runtime.single(), device_batch_size=8)
+    for name in CORE:  # zero shots: the items' order doesn't matter
+        found[name]["core_accuracy"] = sum(scorer.right(specs[name], items[name], range(len(items[name])))) / len(
+            items[name]
+        )
+    return found
 
 
 def main(cfg: Config) -> dict:
-    """Run, compare, print, write."""
+    """Run, compare, print, write; returns {"tasks": {name: compare()}, ...}."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     folder = Path(cfg.model)
     if not (folder / "nanochat.json").exists():
@@ -150,17 +235,17 @@ def main(cfg: Config) -> dict:
         raise UserError(f"--data={cfg.data} has no folder tasks/: give the folder of measuring data.")
     model, tokenizer = hub.model_of(folder)
     with tempfile.TemporaryDirectory() as place:
-        files = tasks(Path(cfg.data), Path(place), cfg.limit)
-        results = harness(folder.resolve(), files, Path(place), cfg.limit)
-        items = pq.read_table(Path(place) / "arc.parquet").to_pylist()
-    ours = own_accuracy(model, tokenizer, items)
-    found = hardware.about() | {"command": cli.command(main), "results": results, "arc_by_nanochat": ours,
-                                "arc_agrees": abs(ours - results["local_arc"]["acc,none"]) < 1e-9}  # fmt: skip
-    print(json.dumps({name: {k: v for k, v in one.items() if "," in k} for name, one in results.items()}, indent=1))
-    print(f"ARC by nanochat itself: {ours:.4f}")
+        found = evaluate(cfg, model, tokenizer, Path(place))
+    for name, one in found.items():
+        print(
+            f"{name:<15} {one['items']:4d} items | harness {one['harness']:.4f}, nanochat {one['nanochat']:.4f} | "
+            f"{len(one['different'])} differ | log-likelihoods within {one['largest_score_difference']:.1e}"
+        )
+    versions = {name: metadata.version(name) for name in ("lm-eval", "transformers", "accelerate")}
+    result = hardware.about() | {"command": cli.command(main), "versions": versions, "tasks": found}
     if cfg.output:
-        paths.write_json(Path(cfg.output), found)
-    return found
+        paths.write_json(Path(cfg.output), result)
+    return result
 
 
 if __name__ == "__main__":

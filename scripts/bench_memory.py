@@ -63,15 +63,33 @@ def measure(cfg: Config) -> dict:
     before = 0 if rt.device.type == "cuda" else resident()
     shape = scaling.shape(depth, vocab_size=vocab, aspect_ratio=1, head_dim=64, sequence_len=context)
     config = dataclasses.replace(shape, n_embd=64 * heads, n_head=heads, n_kv_head=kv)
-    how = steps(config, rows, accum, rt, backend.attend, cfg, cfg.steps)
-    plan = cost.memory(config, rows, bytes_per_value=rt.dtype.itemsize, accum=accum, device=rt.device.type,
-                       forward="" if cfg.fast else "plain")  # fmt: skip
+    seen: dict[str, int] = {}
+    how = steps(config, rows, accum, rt, backend.attend, cfg, cfg.steps, seen)
+    plan = cost.moments(config, rows, bytes_per_value=rt.dtype.itemsize, accum=accum, device=rt.device.type,
+                        forward="" if cfg.fast else "plain")  # fmt: skip
+    seen = {name: size - before for name, size in seen.items()}
     return {"config": dataclasses.asdict(config), "rows": rows, "accum": accum, "dtype": dtype, "forward": how,
-            "before": before, "peak": rt.peak_bytes() - before, "plan": plan}  # fmt: skip
+            "before": before, "peak": max(seen.values()), "moments": seen, "plan": plan}  # fmt: skip
 
 
-def steps(config: GPTConfig, rows: int, accum: int, rt: runtime.Runtime, attend, cfg: Config, count: int) -> str:
-    """Build a model and an optimizer as base_train does and make `count` updates; returns what the forward was."""
+def peak_since(rt: runtime.Runtime) -> int:
+    """Peak bytes since the last call."""
+    found = rt.peak_bytes()
+    if rt.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(rt.device)
+    else:  # Linux: the highest resident set begins anew with the present one
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return found
+
+
+def steps(config: GPTConfig, rows: int, accum: int, rt: runtime.Runtime, attend, cfg: Config, count: int,
+          seen: dict[str, int] | None = None) -> str:  # fmt: skip
+    """Build a model and an optimizer as base_train does and make `count` updates; returns what the forward was.
+
+    seen: gets the peak bytes of forward and backward, and of the update.
+    """
+    seen = {} if seen is None else seen
+    note = lambda name: seen.update({name: max(seen.get(name, 0), peak_since(rt))})
     with torch.device(rt.device):
         model = GPT(config, attend=attend)
     model.init_weights(0)
@@ -82,7 +100,9 @@ def steps(config: GPTConfig, rows: int, accum: int, rt: runtime.Runtime, attend,
     for _ in range(count):
         for micro in range(accum):
             optimizer.backward(forward(ids, ids, reduction="sum") / ids.numel(), last=micro + 1 == accum)
+        note("backward")
         optimizer.step(1.0, 0.9, 0.1)
+        note("update")
         optimizer.zero_grad()
     return how
 
@@ -109,10 +129,12 @@ def main(cfg: Config) -> dict:
     rows = []
     for case in cases if cfg.only < 0 else [cases[cfg.only]]:
         row = spawn(cfg, case)
-        row["ratio"] = row["plan"]["total"] / row["peak"]
+        row["ratio"] = max(parts["total"] for parts in row["plan"].values()) / row["peak"]
         rows.append(row)
-        parts = ", ".join(f"{k} {v / 2**20:.0f}" for k, v in row["plan"].items())
-        print(f"{case}: peak {row['peak'] / 2**20:.0f} MiB, plan x {row['ratio']:.3f} ({parts})", flush=True)
+        print(f"{case}: peak {row['peak'] / 2**20:.0f} MiB, plan x {row['ratio']:.3f}", flush=True)
+        for name, parts in row["plan"].items():
+            text = ", ".join(f"{k} {v / 2**20:.0f}" for k, v in parts.items())
+            print(f"    {name} {row['moments'][name] / 2**20:.0f} MiB, planned {text}", flush=True)
     worst = max(abs(row["ratio"] - 1) for row in rows)
     print(f"worst: {100 * worst:.1f} %")
     result = hardware.about() | {"command": cli.command(main), "worst": worst, "rows": rows}

@@ -102,12 +102,10 @@ def newest_price(cfg: Config, name: str) -> prices.Price | None:
 def price_text(price: prices.Price) -> str:
     """A price for people, with its age where that is great."""
     asked = f"{price.low:.2f}" if price.low == price.high else f"{price.low:.2f} to {price.high:.2f}"
-    old = (
-        "; STALE: look the price up, and give your own table with --prices"
-        if price.stale(datetime.date.today())
-        else ""
-    )
-    return f"${asked} a GPU and hour, {price.kind}, {price.source}, {price.date}{old}"
+    today = datetime.date.today()
+    age = f"{price.days(today)} days old"
+    age += ", STALE: look it up, and give your own table with --prices" if price.stale(today) else ""
+    return f"${asked} a GPU and hour, {price.kind}, {price.source}, {price.date} ({age})"
 
 
 def make_plan(cfg: Config, depth: int, rows: int) -> scaling.Plan:

@@ -58,6 +58,25 @@ print(checkpoint.complete_steps(root), checkpoint.leftovers(root))
 checkpoint.load(root / "step_000001").verify()
 """
 
+EXPORT = """
+import os
+from pathlib import Path
+from tiny_model import save_checkpoint
+from nanochat import checkpoint, paths
+from nanochat.errors import UserError
+from scripts import export
+
+disk = Path(os.environ["NANOCHAT_BASE_DIR"])
+os.environ["NANOCHAT_BASE_DIR"] = str(disk.parent / "roomy")
+save_checkpoint("base")
+paths.free_bytes = lambda path: 10**12  # the check before the export is deceived
+for kind in ("hf", "gguf", "torch", "onnx"):
+    try:
+        export.main(export.Config(source="base", format=kind, output=str(disk / "out"), check=False))
+    except UserError as error:
+        print(kind, str(error).replace(str(disk), "DISK"), sorted(p.name for p in disk.iterdir()))
+"""
+
 
 def on_small_disk(base, size, code):
     """Run code with NANOCHAT_BASE_DIR on a tmpfs of this size -> the finished process."""
@@ -91,3 +110,13 @@ def test_a_disk_that_is_read_only_for_a_while(base_dir):
     one, two, three, end = done.stdout.splitlines()
     assert "seconds" in one and "Read-only file system" in two and "make it writable" in two and "seconds" in three
     assert end == "[1, 3] []"
+
+
+@pytest.mark.slow
+def test_an_export_that_fills_the_disk_is_a_sentence_and_leaves_nothing(base_dir):
+    done = on_small_disk(base_dir, "64k", EXPORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = "DISK/out can't be written (No space left on device): free some space and run this again. []"
+    assert [line.split(" ", 1) for line in done.stdout.splitlines()] == [
+        [kind, said] for kind in ("hf", "gguf", "torch", "onnx")
+    ]

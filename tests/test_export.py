@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,16 +244,46 @@ def test_the_bench_finds_the_first_token_and_the_first_text_that_differ(folder):
     assert (found["texts"], found["different"], found["first"]) == (2, 1, ["'aAc'"])
 
 
-def test_the_harness_bench_wants_an_exported_folder_and_scores_as_the_model_does(folder, shared_data, tmp_path):
+@pytest.fixture
+def long_folder(base_dir, tmp_path, monkeypatch):
+    """An exported tiny model whose context holds the questions of benchmarks, a byte a token."""
+    pytest.importorskip("transformers")
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    save_checkpoint("sft", sequence_len=512)
+    return Path(export.main(export.Config(output=str(tmp_path / "long"), check=False))["path"])
+
+
+@pytest.mark.slow  # lm-eval's imports
+def test_the_harness_and_our_own_evaluations_agree_item_by_item(long_folder, shared_data, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    cfg = bench_lm_eval.Config(model=str(long_folder), data=str(shared_data), limit=6, output=str(tmp_path / "out"))
+    found = bench_lm_eval.main(cfg)["tasks"]
+    assert set(found) == {"copa", "winograd", "lambada_openai", "arc_easy", "gsm8k"}
+    for one in found.values():
+        assert one["items"] >= 4 and one["different"] == [] and one["harness"] == one["nanochat"]
+        assert one["largest_score_difference"] < 1e-4 and len(one["right_by_harness"]) == one["items"]
+    assert json.loads((tmp_path / "out").read_text())["tasks"] == found
+    other, tokenizer = hub.model_of(long_folder)  # a model that is a little off is found
+    with torch.no_grad():
+        other.smear_lambda.add_(0.05)
+    monkeypatch.setattr(hub, "model_of", lambda folder: (other, tokenizer))
+    assert all(one["different"] for one in bench_lm_eval.main(cfg)["tasks"].values())
+
+
+def test_the_harness_bench_wants_an_exported_folder_and_counts_what_differs(tmp_path):
     with pytest.raises(UserError, match="scripts.export"):
         bench_lm_eval.main(bench_lm_eval.Config(model=str(tmp_path)))
-    found = bench_lm_eval.tasks(shared_data, tmp_path, 3)
-    assert [task["task"] for task in found] == ["local_arc", "local_copa", "local_gsm8k"]
-    assert len((tmp_path / "copa.jsonl").read_text().splitlines()) == 3
-    model, tokenizer = hub.model_of(folder)
-    item = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
-    other = {**item, "answerKey": "B"}
-    assert bench_lm_eval.own_accuracy(model, tokenizer, [item, other]) == 0.5
+    item = bench_lm_eval.Item
+    theirs = [item(True, [-3.0, -4.0]), item(False, [-1.0, -1.0]), item(True, text="a"), item(True, [-2.0])]
+    ours = [item(True, [-1.0, -2.0]), item(True, [-1.0, -2.0]), item(True, text="b"), item(True, fits=False)]
+    found = bench_lm_eval.compare(theirs, ours)
+    # the first has the same scores but for what its choices share; the last doesn't fit the context
+    assert (found["items"], found["left_out"], found["different"]) == (3, 1, [1, 2])
+    assert found["harness"] == pytest.approx(2 / 3) and found["nanochat"] == 1.0
+    assert found["largest_score_difference"] == 1.0 and found["right_by_harness"] == "101"
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 
 from nanochat import cli, hardware, paths, record, runtime
 from nanochat.errors import Stopped, UserError, refuse
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -24,6 +27,37 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
         raise RuntimeError
     assert paths.read_json(path) == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_others_write_takes_its_place_whole_or_leaves_nothing(tmp_path):
+    """A file, one with another beside it, a folder that replaces a folder; and a failure in the midst of each."""
+    with paths.staged(tmp_path / "a.bin") as place:
+        place.write_text("one")
+        place.with_name("a.bin.data").write_text("two")
+    with paths.staged(tmp_path / "folder") as place:
+        place.mkdir()
+        (place / "old").write_text("")
+    with paths.staged(tmp_path / "folder") as place:
+        place.mkdir()
+        (place / "new").write_text("")
+    with pytest.raises(KeyboardInterrupt), paths.staged(tmp_path / "a.bin") as place:
+        place.write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "a.bin").read_text() == "one" and (tmp_path / "a.bin.data").read_text() == "two"
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "a.bin", "a.bin.data", "folder", "folder/new"]  # fmt: skip
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_full_disk_names_the_place_that_was_meant_not_the_temporary_one(tmp_path, monkeypatch, inside):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(UserError) as caught, paths.staged(tmp_path / "out") as place:
+        if not inside:
+            raise full
+        place.mkdir()
+        monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(full))
+        paths.write_json(place / "config.json", {})
+    assert str(caught.value).startswith(f"{tmp_path / 'out'} can't be written") and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
@@ -272,6 +306,18 @@ def test_a_signal_ends_any_stage_with_a_sentence_its_code_and_nothing_half(tmp_p
         _, error = child.communicate(timeout=60)
     assert child.returncode == 128 + number and error.startswith(said) and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_a_program_imports_its_libraries_is_no_traceback(tmp_path):
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # the background ignores it
+    (tmp_path / "torch.py").write_text(f"{heard}\nimport time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "scripts.plan"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGINT and error == "stopped by Ctrl-C.\n"
 
 
 def test_a_rank_dies_of_sigterm_even_where_it_waits_for_another(monkeypatch):

@@ -50,7 +50,7 @@ def test_a_quiet_run_leaves_nothing_and_what_is_not_a_step_is_not_timed(log, mon
             watched.begin(step)
             watched.end()
             stuck_here(0.15)  # an evaluation
-    assert not list((log.path.parent).glob("stacks/*")) and len(record.read(log.path)) == 1
+    assert not (log.path.parent / "stacks").exists() and len(record.read(log.path)) == 1
 
 
 def test_heartbeats_go_on_while_a_step_hangs(log, monkeypatch):

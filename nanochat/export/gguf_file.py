@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import gpt
+from nanochat import gpt, paths
 from nanochat.errors import UserError
 from nanochat.export import tokenizer_json
 from nanochat.gpt import GPTConfig
@@ -42,22 +42,21 @@ def write(
     except ImportError as error:
         raise UserError("--format=gguf needs the package gguf: install nanochat[export].") from error
 
-    path = Path(path)
-    part = path.with_name(f".tmp-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(part, ARCHITECTURE)
-    writer.add_name(name)
-    writer.add_description(sentence())
-    _shape(writer, config)
-    _vocabulary(writer, tokenizer, gguf.TokenType)
-    for key, tensor in weights.items():
-        writer.add_tensor(key, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part.replace(path)
-    return path
+    with paths.staged(path) as part:
+        writer = gguf.GGUFWriter(part, ARCHITECTURE)
+        writer.add_name(name)
+        writer.add_description(sentence())
+        _shape(writer, config)
+        _vocabulary(writer, tokenizer, gguf.TokenType)
+        for key, tensor in weights.items():
+            writer.add_tensor(key, tensor.float().numpy())
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+    return Path(path)
 
 
 def _shape(writer, config: GPTConfig) -> None:

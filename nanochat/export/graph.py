@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import attention
+from nanochat import attention, paths
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 
@@ -42,12 +42,10 @@ def exported(model: GPT) -> torch.export.ExportedProgram:
 
 def write_torch(path: Path | str, model: GPT) -> Path:
     """Write the graph for `torch.export.load`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".tmp-{path.name}")
-    torch.export.save(exported(model), part)
-    part.replace(path)
-    return path
+    program = exported(model)
+    with paths.staged(path) as part:
+        torch.export.save(program, part)
+    return Path(path)
 
 
 def write_onnx(path: Path | str, model: GPT) -> Path:
@@ -56,13 +54,12 @@ def write_onnx(path: Path | str, model: GPT) -> Path:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("--format=onnx needs the package onnxscript: install nanochat[export].") from error
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the converter talks and warns
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             exported(model), input_names=["ids"], output_names=["logits"], dynamo=True, optimize=True, verbose=False
         )
-        program.save(str(path), external_data=size > 1.9e9)
-    return path
+        with paths.staged(path) as part:
+            program.save(str(part), external_data=size > 1.9e9)
+    return Path(path)

@@ -70,15 +70,9 @@ def write(folder: Path | str, source: checkpoint.Checkpoint, tokenizer: Tokenize
         raise UserError(f"{folder} is not empty and no earlier export: name another folder with --output.")
     checkpoint.check_tokenizer(source, tokenizer)
     config = GPTConfig(**source.meta["config"])
-    part = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with paths.staged(folder) as part:
+        part.mkdir()
         _fill(part, source, tokenizer, config, card)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
@@ -91,16 +85,10 @@ def _fill(part: Path, source, tokenizer: Tokenizer, config: GPTConfig, card: str
     paths.write_json(part / "tokenizer_config.json", tokenizer_json.tokenizer_config(tokenizer, config.sequence_len))
     paths.write_json(part / "nanochat.json", {"format": FORMAT, "meta": source.meta, "tokenizer_meta": tokenizer.meta})
     shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), part / f"{MODELING}.py")
-    _write_weights(part / "model.safetensors", source.weights())
+    # transformers insists on the label "pt"
+    saving.write_tensors(part / "model.safetensors", source.weights(), {"stage": source.meta["stage"]}, format="pt")
     with paths.atomic_write(part / "README.md", "w") as file:
         file.write(card)
-
-
-def _write_weights(path: Path, weights: dict) -> None:
-    """transformers insists on the label "pt"."""
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
 
 
 def model_of(folder: Path) -> tuple[gpt.GPT, Tokenizer]:

@@ -1,6 +1,7 @@
 """Does an export compute what we compute? The largest difference of a logit, in fp32, over random rows."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def _hf(path: Path, ids: torch.Tensor, model: GPT) -> torch.Tensor:
     return load_hf(path)(input_ids=ids).logits
 
 
-def load_hf(path: Path):
+def load_hf(path: Path) -> Any:
     """The folder's model as transformers loads it."""
     try:
         from transformers import AutoModelForCausalLM

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ async def invalid(request: Request, error: RequestValidationError) -> JSONRespon
     return refusal(status, f"{where or 'body'}: {first['msg']}", param=where[:100] or None)
 
 
-def counter(app: FastAPI, desk: Desk):
+def counter(app: FastAPI, desk: Desk) -> Callable[[str, int], None]:
     """Counts a request under its path; unknown paths together, so that nobody can make new series."""
 
     def count(path: str, status: int) -> None:

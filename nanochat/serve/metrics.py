@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from nanochat.serve.pool import Pool, Ticket
 
@@ -38,7 +39,7 @@ class Metrics:
                 each = (time.monotonic() - ticket.first) / (ticket.tokens / ticket.replies - 1)
                 self.each.observe(max(each, 0.0))
 
-    def collect(self):
+    def collect(self) -> Iterator[Metric]:
         """The engines' own figures, at the time of asking (prometheus_client calls this)."""
         workers = self.pool.workers
         tables = [

@@ -34,7 +34,7 @@ class Connection(H11Protocol):
         self.head_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport):
+    def connection_made(self, transport) -> None:
         """Refuse one too many."""
         super().connection_made(transport)
         if len(self.connections) > self.limit:
@@ -43,30 +43,30 @@ class Connection(H11Protocol):
         else:
             self._await_head()
 
-    def data_received(self, data):
+    def data_received(self, data) -> None:
         """A head that is whole stops its clock."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop("head_timer")
 
-    def on_response_complete(self):
+    def on_response_complete(self) -> None:
         """The next head's clock starts; uvicorn's own for idle connections is shorter."""
         super().on_response_complete()
         if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
 
-    def pause_writing(self):
+    def pause_writing(self) -> None:
         """The reader is slow: give it time."""
         super().pause_writing()
         self._stop("write_timer")
         self.write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
-    def resume_writing(self):
+    def resume_writing(self) -> None:
         """It has caught up."""
         super().resume_writing()
         self._stop("write_timer")
 
-    def connection_lost(self, exc):
+    def connection_lost(self, exc) -> None:
         """No clock outlives the connection."""
         super().connection_lost(exc)
         self._stop("head_timer")
@@ -91,7 +91,7 @@ class Server(uvicorn.Server):
         self.pool, self.drain = pool, drain
         self.closing: asyncio.Task | None = None
 
-    def handle_exit(self, sig, frame):
+    def handle_exit(self, sig, frame) -> None:
         """The first signal begins to drain, a second one ends at once."""
         if self.pool.draining:
             self.should_exit = True

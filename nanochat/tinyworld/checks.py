@@ -29,8 +29,8 @@ def _carried(context) -> bool:
 
 def _run(row: tuple, whole) -> bool:
     """Whether `row` is a run of `whole`, capitals aside."""
-    row, whole = [str(x).lower() for x in row], [x.lower() for x in whole]
-    return any(whole[i : i + len(row)] == row for i in range(len(whole)))
+    words, whole = [str(x).lower() for x in row], [x.lower() for x in whole]
+    return any(whole[i : i + len(words)] == words for i in range(len(whole)))
 
 
 def _scene(context, who: str, thing: str) -> bool:

@@ -6,9 +6,10 @@ come with their steps. Validation documents hold combinations (a story's plot, h
 letter; a fact and the wrong answer beside it) that never occur in training documents; the facts are in both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from random import Random
+from typing import Any
 
 from nanochat.tinyworld import facts, grammar, lessons, lexicon, world
 from nanochat.tinyworld.facts import Fact
@@ -33,7 +34,7 @@ def document(split: str, i: int, seed: int = 0) -> str:
     return story(split, rng)
 
 
-def pick(values, rng: Random):
+def pick(values: Sequence[Any], rng: Random) -> Any:
     """One of a sequence (a faster `rng.choice`)."""
     return values[int(rng.random() * len(values))]
 

@@ -5,8 +5,10 @@ makes a small model learn to look back. Every function takes (split, rng) and re
 of word and letter are divided between the splits by `world.held_out`.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from random import Random
+from typing import Any
 
 from nanochat.tinyworld import facts, grammar, lexicon, world
 from nanochat.tinyworld.sums import held_out
@@ -17,7 +19,7 @@ DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 
 
-def pick(values, rng: Random):
+def pick(values: Sequence[Any], rng: Random) -> Any:
     """One of a sequence (a faster `rng.choice`)."""
     return values[int(rng.random() * len(values))]
 

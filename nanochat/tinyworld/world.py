@@ -52,7 +52,7 @@ def scenes() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 @cache
-def verbs() -> dict[str, tuple[str, str, str, str]]:
+def verbs() -> dict[str, tuple[str, ...]]:
     """Base form -> (base, third person, past, -ing)."""
     return {row[0]: tuple(row) for row in rows("verbs.tsv")}
 
