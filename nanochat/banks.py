@@ -20,6 +20,9 @@ from nanochat import rules
 from nanochat.runtime import Runtime
 
 BUCKET = 8 * 2**20  # bytes that travel at once, roughly: large enough for the wire, small enough to leave early
+# Elements of matrices that Muon moves at once on a CPU: its temporaries, four times as large, then find room among what
+# the backward pass has freed, and a core's caches hold more of them. A GPU wants to be filled.
+PIECE = 2**21
 ALIGN = 16  # elements: each tensor of a flat bank begins on a cache line
 
 
@@ -140,10 +143,17 @@ class MuonBank(Bank):
         return [self.grads_own] if len(self.own) else []
 
     def update(self, lr_mult: float, momentum: float, weight_decay: float, t: int) -> None:
-        if len(self.own):
-            direction = rules.muon_update(self.grads_own, *self.moments.values(), momentum, dtype=self.dtype)
-            lr = rules.muon_lr(self.lr * lr_mult, *direction.shape[1:])
-            rules.cautious_(self.values_own, direction, lr, weight_decay)
+        lr = rules.muon_lr(self.lr * lr_mult, *self.values_own.shape[1:])
+        for piece in self.pieces():
+            moments = (moment[piece] for moment in self.moments.values())
+            direction = rules.muon_update(self.grads_own[piece], *moments, momentum, dtype=self.dtype)
+            rules.cautious_(self.values_own[piece], direction, lr, weight_decay)
+
+    def pieces(self) -> list[slice]:
+        """This rank's matrices, so many at a time as the update moves: on a CPU no more than PIECE elements."""
+        k = len(self.own)
+        each = max(PIECE // self.params[0].numel(), 1) if self.values.device.type == "cpu" else max(k, 1)
+        return [slice(at, at + each) for at in range(0, k, each)]
 
     def state(self):
         """(name, whole tensor) of every moment of every matrix; collective."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from nanochat.gpt import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 
 LOSS_CHUNK = (1024, 256)  # rows of logits alive at a time, GPU and CPU: CHUNK, CPU_CHUNK of nanochat/kernels/loss.py
+CPU_PIECE = 2**21  # elements of matrices that Muon moves at once on a CPU: PIECE of nanochat/banks.py
 ROLES = ("matrix", "embedding", "value_embedding", "head", "resid", "x0", "smear_backout")
 
 
@@ -71,8 +72,10 @@ def weights_bytes_read(config: GPTConfig, bytes_per_value: int = 2) -> int:
 KEPT = {"plain": (7.5, 3.5, 2, 6), "compiled": (7.5, 2.5, 2, 4), "by hand": (7, 0.5, 1, 6)}
 FASTEST = {"cuda": "compiled", "cpu": "by hand", "mps": "plain"}  # what train.fastest chooses
 STATS = 4  # bytes: norms' and attention's statistics, one a token, or a token and head, are fp32
-# glibc can't reuse the hole of an aligned temporary for another of its size, and training keeps freed pages: in plain
-# training on a CPU the holes are this share of the activations (measured).
+# glibc can't reuse the hole of an aligned temporary for another of its size, and training keeps freed pages: on a CPU
+# the blocks' holes are this share of the activations (measured; dev/bench/2026-11-28_memory.json has shapes that it was
+# not chosen by), in 16 bits of fp32 ones, because norms and sums make fp32 copies of what they read. And the largest
+# hole, the head's gradient's, stays when the tables' gradients come.
 HOLES = {"plain": 0.67, "by hand": 0.35}
 
 
@@ -82,7 +85,9 @@ def activations(config: GPTConfig, rows: int, bytes_per_value: int = 2, forward:
     block = width * config.n_embd + kv * config.kv_dim + mlp * 4 * config.n_embd
     stats = STATS * (2 + 2 * config.n_head + config.n_kv_head)
     token = bytes_per_value * (config.n_layer * block + outside * config.n_embd) + config.n_layer * stats
-    return rows * int(config.sequence_len * token)
+    # by hand each block has the rotary tables of its own, as wide as q and k, whatever the number of rows
+    tables = bytes_per_value * config.n_layer * config.sequence_len * (config.n_embd + config.kv_dim)
+    return rows * int(config.sequence_len * token) + tables * (forward == "by hand")
 
 
 def recomputation(config: GPTConfig, rows: int, bytes_per_value: int = 2, forward: str = "plain") -> dict[str, int]:
@@ -99,14 +104,20 @@ def recomputation(config: GPTConfig, rows: int, bytes_per_value: int = 2, forwar
 
 
 def largest_bank(config: GPTConfig) -> int:
-    """Elements of the largest stack of block matrices of one shape, which Muon moves at once."""
+    """Elements of the largest stack of block matrices of one shape."""
     width, layers = config.n_embd, config.n_layer
     square = layers * width * width * (4 if config.n_kv_head == config.n_head else 2)
     return max(square, 4 * layers * width * width)
 
 
-# Bytes an element of that stack for which the update needs room: direction, mask (1), mask as numbers and decayed
-# direction; or, square and in fp32, two iterates and two Gram matrices of the polar step.
+def moved_at_once(config: GPTConfig, device: str, world: int) -> int:
+    """Elements of matrices that Muon moves at once on a rank: its part of a stack; on a CPU a piece, or one matrix."""
+    own = largest_bank(config) // world
+    return min(own, max(CPU_PIECE, 4 * config.n_embd**2)) if device == "cpu" else own
+
+
+# Bytes an element of what Muon moves at once for which the update needs room: direction, mask (1), mask as numbers and
+# decayed direction; or, square and in fp32, two iterates and two Gram matrices of the polar step.
 UPDATE_ROOM = {2: 13, 4: 16}
 
 
@@ -142,17 +153,20 @@ def moments(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: in
     forward = forward or FASTEST[device]
     kept = activations(config, rows, bytes_per_value, forward)
     kept -= recomputation(config, rows, bytes_per_value, forward)["saved"] * recompute
+    hole = 4 * config.padded_vocab * config.n_embd  # of the head's gradient before it was scaled
     joined = 4 * config.n_layer * config.n_embd * (config.n_embd + 2 * config.kv_dim)  # by hand: q, k and v in one
     backward = lasting | {
         "gradients": gradients,
         "casts": bytes_per_value * muon if bytes_per_value < 4 else joined * (forward == "by hand"),
         "activations": kept,
         "logits": loss_room(config, tokens, bytes_per_value, device),
-        "holes": int(HOLES.get(forward, 0) * kept) if device == "cpu" else 0,
-        "room": tokens * 8 * config.n_embd * bytes_per_value,  # the gradients of one block's widest tensors
+        "holes": int(HOLES.get(forward, 0) * kept * 4 / bytes_per_value + hole) if device == "cpu" else 0,
+        # the gradients of one block's widest tensors, and by hand of all its matrices at once
+        "room": tokens * 8 * config.n_embd * bytes_per_value + 4 * muon // config.n_layer * (forward == "by hand"),
     }
-    update = lasting | {"gradients": 4 * count["total"] // share, "casts": 0, "activations": 0, "logits": 0, "holes": 0,
-                        "room": UPDATE_ROOM[bytes_per_value] * largest_bank(config) // world}  # fmt: skip
+    update = lasting | {"gradients": 4 * count["total"] // share, "casts": 0, "activations": 0, "logits": 0,
+                        "holes": hole if device == "cpu" else 0,
+                        "room": UPDATE_ROOM[bytes_per_value] * moved_at_once(config, device, world)}  # fmt: skip
     return {name: parts | {"total": sum(parts.values())} for name, parts in
             (("backward", backward), ("update", update))}  # fmt: skip
 

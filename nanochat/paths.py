@@ -91,8 +91,11 @@ def staged(path: Path | str) -> Iterator[Path]:
                 shutil.rmtree(path.parent / made.name, ignore_errors=True)
             os.replace(made, path.parent / made.name)
         sync_folder(path.parent)
-    except (OSError, UserError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         cause = error.__cause__ if isinstance(error, UserError) else error
+        silent = cause is error and getattr(error, "errno", None) is None
+        if silent and shutil.disk_usage(stage).free < 2**16:
+            cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # numpy and torch don't say why a write failed
         if isinstance(cause, OSError) and cause.errno in (*FULL, errno.EROFS):
             raise UserError(_unwritable(path, cause)) from error  # by its own name, not the temporary one
         raise

@@ -9,8 +9,9 @@ Writes five task files and their data, and runs the harness' own `hf` model on t
     arc_easy                         parquet, as chat, the answer a letter; nanochat/chat_eval.py
     gsm8k                            parquet, as chat, greedy text without the calculator; GPT.generate_naive
 
-An item agrees where both are right or both are wrong, and both gave the same log-likelihoods (or the same text). Those
-that don't fit the model's context are left out: each side shortens a prompt in its own way.
+An item agrees where both are right or both are wrong, and both gave the same log-likelihoods (or the same text). Left
+out are those that don't fit the model's context (each side shortens a prompt in its own way), and of winograd those
+whose options end in the same token, which CORE scores with the ending.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ class Item:
     right: bool
     scores: list[float] = dataclasses.field(default_factory=list)  # log-likelihood of each choice, in nats
     text: str = ""  # what was generated
-    fits: bool = True  # the model's context
+    same: bool = True  # do both sides score the same tokens?
 
 
 # ---- the harness -----------------------------------------------------------------------------------------------------
@@ -135,7 +136,11 @@ def own_core(model: gpt.GPT, tokenizer: Tokenizer, spec: core_eval.Spec, items: 
         losses, hits = core_eval.score(model, rows, tokenizer.bos, torch.device("cpu"))
         sums = [-loss * row.span if row.span else 0.0 for loss, row in zip(losses, rows)]
         right = hits[0] if spec.kind == "language_modeling" else sums.index(max(sums)) == item["gold"]
-        found.append(Item(right, scores=sums, fits=max(map(len, ids)) <= model.config.sequence_len))
+        same = max(map(len, ids)) <= model.config.sequence_len
+        if spec.kind == "schema":
+            before = [len(tokenizer.encode(option, prepend=tokenizer.bos)) for option in item["context_options"]]
+            same = same and before == [row.start for row in rows]
+        found.append(Item(right, scores=sums, same=same))
     return found
 
 
@@ -151,9 +156,8 @@ def own_arc(model: gpt.GPT, tokenizer: Tokenizer, task: arc.ARC, place: Path, co
         with torch.no_grad():
             likely = model(torch.tensor([ids]), last_only=True)[0, -1].log_softmax(-1) if fits else None
         letters = [tokenizer.encode(letter)[0] for letter in task[i]["letters"]]
-        found.append(
-            Item(json.loads(line)["verdicts"][0], [float(likely[j]) for j in letters] if fits else [], "", fits)
-        )
+        scores = [float(likely[j]) for j in letters] if fits else []
+        found.append(Item(json.loads(line)["verdicts"][0], scores, same=fits))
     return found
 
 
@@ -163,7 +167,7 @@ def own_gsm8k(model: gpt.GPT, tokenizer: Tokenizer, task: gsm8k.GSM8K, answers: 
     for i, answer in enumerate(answers):
         ids = chat.render_for_completion(task[i], tokenizer)
         if len(ids) + ANSWER > model.config.sequence_len:
-            found.append(Item(False, fits=False))
+            found.append(Item(False, same=False))
             continue
         said, end = [], tokenizer.special("<|assistant_end|>")
         for token in model.generate_naive(ids, ANSWER, temperature=0):
@@ -179,11 +183,12 @@ def own_gsm8k(model: gpt.GPT, tokenizer: Tokenizer, task: gsm8k.GSM8K, answers: 
 
 
 def compare(theirs: list[Item], ours: list[Item]) -> dict:
-    """Accuracies over the items that fit, which items differ, and the largest difference of a log-likelihood, in nats.
+    """Accuracies, which items differ, and the largest difference of a log-likelihood, in nats.
 
-    Of several choices what counts is by how much each is likelier than the first.
+    Of several choices what counts is by how much each is likelier than the first. Items that are not the same to both
+    sides are left out.
     """
-    pairs = {i: pair for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[1].fits}
+    pairs = {i: pair for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[1].same}
     centred = lambda scores: [score - scores[0] for score in scores] if len(scores) > 1 else scores
     off = {i: max((abs(a - b) for a, b in zip(centred(x.scores), centred(y.scores), strict=True)), default=0.0)
            for i, (x, y) in pairs.items()}  # fmt: skip
@@ -241,8 +246,9 @@ def main(cfg: Config) -> dict:
             f"{name:<15} {one['items']:4d} items | harness {one['harness']:.4f}, nanochat {one['nanochat']:.4f} | "
             f"{len(one['different'])} differ | log-likelihoods within {one['largest_score_difference']:.1e}"
         )
+    command = cli.command(main).replace(cfg.model, folder.name)  # no machine's paths
     versions = {name: metadata.version(name) for name in ("lm-eval", "transformers", "accelerate")}
-    result = hardware.about() | {"command": cli.command(main), "versions": versions, "tasks": found}
+    result = hardware.about() | {"command": command, "versions": versions, "tasks": found}
     if cfg.output:
         paths.write_json(Path(cfg.output), result)
     return result

@@ -1,6 +1,6 @@
 """The memory plan against measured peaks: a few training steps of many configurations, each in a fresh process.
 
-    python -m scripts.bench_memory                        # CPU: peak resident set beside cost.memory, twelve shapes
+    python -m scripts.bench_memory                        # CPU: peak resident set beside cost.memory
     python -m scripts.bench_memory --device-type=cuda     # GPU: the allocator's peak
 
 A child builds the model and the optimizer as base_train does and makes --steps updates on random tokens. On a CPU what
@@ -27,6 +27,9 @@ CASES = {
         (4, 8, 2, 32768, 256, 8, 1, "float32"), (12, 12, 12, 32768, 256, 1, 1, "float32"),
         (6, 8, 8, 8192, 1024, 8, 1, "float32"), (16, 8, 8, 8192, 512, 2, 1, "float32"),
         (6, 6, 6, 8192, 512, 8, 1, "bfloat16"), (8, 8, 8, 16384, 512, 4, 1, "bfloat16"),
+        # never looked at while the plan's constants were chosen
+        (4, 6, 6, 4096, 1024, 4, 2, "float32"), (10, 4, 2, 16384, 256, 8, 1, "float32"),
+        (6, 8, 4, 8192, 512, 8, 1, "bfloat16"), (8, 6, 6, 32768, 256, 4, 1, "float32"),
     ],
     "cuda": [
         (12, 12, 12, 32768, 2048, 32, 1, "bfloat16"), (12, 12, 12, 32768, 2048, 16, 2, "bfloat16"),

@@ -189,7 +189,7 @@ def lines(row: dict, m: Machine) -> list[tuple[str, str]]:
         ("serving", f"weights {row['serving']['weights'] / gib:.2f} GiB, and "
                     f"{row['serving']['cache_per_row'] / gib:.3f} GiB a conversation of full length"),
         ("time", time),
-        ("cost", amount(row["dollars"], "${:,.2f} at most; ") + price),
+        ("cost", price if m.price is None else amount(row["dollars"], "${:,.2f} at most") + f"; {price}"),
         *(("note", note) for note in plan.notes),
     ]  # fmt: skip
 

@@ -64,6 +64,27 @@ def test_parameters_are_views_that_keep_their_values_and_gradients_come_to_lie_b
         optimizer.backward(model(ids[:, :-1], ids[:, 1:]))
 
 
+def test_matrices_that_move_a_few_at_a_time_move_as_all_at_once(monkeypatch):
+    """Five matrices by twos: the same values and moments, and no temporary larger than two matrices."""
+    made = []
+    for piece in (2 * 24 * 16 + 1, 2**21):
+        monkeypatch.setattr(banks, "PIECE", piece)
+        dice = torch.Generator().manual_seed(0)
+        named = [(f"p{i}", torch.nn.Parameter(torch.randn(24, 16, generator=dice))) for i in range(5)]
+        bank = banks.MuonBank(named, 0.02, [5], rank_of(1), None)
+        sizes = [len(range(5)[part]) for part in bank.pieces()]
+        assert sizes == ([2, 2, 1] if piece < 1000 else [5])
+        for step in range(2):
+            bank.grads.normal_(generator=dice)
+            bank.update(1.0, 0.9, 0.1, step + 1)
+        made.append([bank.values, *bank.moments.values()])
+    for few, all_ in zip(*made):
+        assert few.abs().max() > 0
+        torch.testing.assert_close(few, all_, rtol=1e-6, atol=1e-7)
+    monkeypatch.setattr(banks, "PIECE", 5)  # less than one: one at a time
+    assert len(bank.pieces()) == 5
+
+
 class Wire:
     """Stands for torch.distributed: notes when each bucket leaves."""
 

@@ -260,13 +260,16 @@ def long_folder(base_dir, tmp_path, monkeypatch):
 def test_the_harness_and_our_own_evaluations_agree_item_by_item(long_folder, shared_data, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     cfg = bench_lm_eval.Config(model=str(long_folder), data=str(shared_data), limit=6, output=str(tmp_path / "out"))
+    said, harness = [], bench_lm_eval.harness
+    monkeypatch.setattr(bench_lm_eval, "harness", lambda *arguments: said.append(harness(*arguments)) or said[-1])
     found = bench_lm_eval.main(cfg)["tasks"]
     assert set(found) == {"copa", "winograd", "lambada_openai", "arc_easy", "gsm8k"}
     for one in found.values():
-        assert one["items"] >= 4 and one["different"] == [] and one["harness"] == one["nanochat"]
+        assert one["items"] >= 3 and one["different"] == [] and one["harness"] == one["nanochat"]
         assert one["largest_score_difference"] < 1e-4 and len(one["right_by_harness"]) == one["items"]
     assert json.loads((tmp_path / "out").read_text())["tasks"] == found
     other, tokenizer = hub.model_of(long_folder)  # a model that is a little off is found
+    monkeypatch.setattr(bench_lm_eval, "harness", lambda *_: said.pop(0))
     with torch.no_grad():
         other.smear_lambda.add_(0.05)
     monkeypatch.setattr(hub, "model_of", lambda folder: (other, tokenizer))
@@ -278,9 +281,9 @@ def test_the_harness_bench_wants_an_exported_folder_and_counts_what_differs(tmp_
         bench_lm_eval.main(bench_lm_eval.Config(model=str(tmp_path)))
     item = bench_lm_eval.Item
     theirs = [item(True, [-3.0, -4.0]), item(False, [-1.0, -1.0]), item(True, text="a"), item(True, [-2.0])]
-    ours = [item(True, [-1.0, -2.0]), item(True, [-1.0, -2.0]), item(True, text="b"), item(True, fits=False)]
+    ours = [item(True, [-1.0, -2.0]), item(True, [-1.0, -2.0]), item(True, text="b"), item(True, same=False)]
     found = bench_lm_eval.compare(theirs, ours)
-    # the first has the same scores but for what its choices share; the last doesn't fit the context
+    # the first has the same scores but for what its choices share; the last is not the same to both
     assert (found["items"], found["left_out"], found["different"]) == (3, 1, [1, 2])
     assert found["harness"] == pytest.approx(2 / 3) and found["nanochat"] == 1.0
     assert found["largest_score_difference"] == 1.0 and found["right_by_harness"] == "101"

@@ -77,7 +77,9 @@ def test_prices_carry_a_date_and_a_source_and_the_users_table_stands_before_ours
     assert row["dollars"] == pytest.approx(8 * 2 * row["hours"])
     assert f"$1.00 to 2.00 a GPU and hour, spot, my bill, {today} (0 days old)\n" in capsys.readouterr().out
     mine.write_text(f"{','.join(prices.COLUMNS)}\nH100,80,9,9,old,2020-01-01,x\n")
+    capsys.readouterr()
     assert plan.main(plan.Config(depth=4, prices=str(mine), gpu="a100"))["dollars"] is None
+    assert "\ncost       unknown: the price table lacks the device\n" in capsys.readouterr().out
     plan.main(plan.Config(depth=4, prices=str(mine), gpu="h100"))
     age = (datetime.date.today() - datetime.date(2020, 1, 1)).days
     assert f"2020-01-01 ({age} days old, STALE: look it up" in capsys.readouterr().out

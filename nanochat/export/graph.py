@@ -42,9 +42,10 @@ def exported(model: GPT) -> torch.export.ExportedProgram:
 
 def write_torch(path: Path | str, model: GPT) -> Path:
     """Write the graph for `torch.export.load`."""
-    program = exported(model)
-    with paths.staged(path) as part:
-        torch.export.save(program, part)
+    whole = io.BytesIO()  # on a full disk torch's own file ends the process
+    torch.export.save(exported(model), whole)
+    with paths.atomic_write(path) as file:
+        file.write(whole.getbuffer())
     return Path(path)
 
 
