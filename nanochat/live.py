@@ -133,7 +133,7 @@ class View:
 
     def _left(self, now: float, done: float) -> str:
         """Time left at the pace since the first step, which compiles: evaluations and saving count, they come again."""
-        began, share = self.first
+        began, share = self.first or (now, done)
         if not share < done < 1:
             return ""
         return f"{duration((1 - done) * (now - began) / (done - share))} left"

@@ -149,7 +149,7 @@ def test_the_updates_room_is_what_a_square_stack_needs():
     assert cost.largest_bank(many) == cost.largest_bank(few) == 4 * 4 * 768**2
     many = dataclasses.replace(many, sequence_len=64)
     assert cost.memory(many, 1)["room"] == 13 * 4 * 4 * 768**2
-    assert cost.memory(many, 1, world=2)["room"] == 13 * 2 * 4 * 768**2
+    assert cost.moments(many, 1, world=2)["update"]["room"] == 13 * 2 * 4 * 768**2
     assert cost.CPU_PIECE == banks.PIECE
     on_cpu = cost.moments(many, 1, bytes_per_value=4, device="cpu")["update"]["room"]
     assert on_cpu == 16 * 4 * 768**2  # a matrix of the MLP is larger than a piece

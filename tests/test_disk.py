@@ -118,5 +118,5 @@ def test_an_export_that_fills_the_disk_is_a_sentence_and_leaves_nothing(base_dir
     assert done.returncode == 0, done.stdout + done.stderr
     said = "DISK/out can't be written (No space left on device): free some space and run this again. []"
     assert [line.split(" ", 1) for line in done.stdout.splitlines()] == [
-        [kind, said] for kind in ("hf", "gguf", "torch", "onnx")
+        [kind, said] for kind in ("hf", "gguf", "torch")
     ]
