@@ -89,7 +89,10 @@ class Screen:
 
     def write(self, kind: str, text: str) -> None:
         """Show a piece of the answer at once."""
+        after_tool = self.kind != "text" and kind == "text"
         self._turn_to(kind)
+        if after_tool and text[:1].isalnum():
+            self.out.write(" ")  # the model needs none behind its calculator, readers do
         self.out.write(text)
         self.out.flush()
 
@@ -198,16 +201,24 @@ class Talk:
                 self._set(words)
             elif name == "/save":
                 self._save(words)
-            elif name == "/again" and self.messages:
+            elif name == "/again":
+                if not self.messages:
+                    raise UserError("There is no question yet that could be answered again.")
                 text = self.messages[-2]["content"]
                 self.messages = self.messages[:-2]
                 self.say(text)
             elif name in ("/clear", "/new"):
                 self.clear()
+            elif name == "/help":
+                self.help()
             else:
-                self.screen.note(COMMANDS)
+                raise UserError(f"There is no command {name}: /help tells which there are.")
         except (UserError, OSError) as error:
             self.screen.note(str(error))
+
+    def help(self) -> None:
+        """Tell what can be typed."""
+        self.screen.note(f"{HELP}\n{COMMANDS}")
 
     def clear(self) -> None:
         """Forget all that was said."""
@@ -241,7 +252,7 @@ def converse(engine: Engine, cfg: Config, screen: Screen) -> int:
     screen.note(HELP)
     while (text := ask(screen)) is not None:
         if text.lower() == "help":
-            screen.note(f"{HELP}\n{COMMANDS}")
+            talk.help()
         elif text.lower() == "clear":
             talk.clear()
         elif text.startswith("/"):

@@ -97,6 +97,9 @@ def check(cfg: Config) -> None:
         problems.append(f"--port={cfg.port} must be 1 to 65535.")
     if cfg.dtype and cfg.dtype not in runtime.DTYPES:
         problems.append(f"--dtype={cfg.dtype} is unknown: use {', '.join(runtime.DTYPES)}.")
+    key = cfg.settings().api_key
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
+        problems.append("The API key must be printable ASCII without blanks at its ends: headers carry nothing else.")
     if len(set(cfg.sources())) < len(cfg.sources()):
         problems.append(f"--source={cfg.source} names a model twice.")
     refuse(problems)

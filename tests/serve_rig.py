@@ -85,7 +85,16 @@ class Rig:
 
 @contextlib.contextmanager
 def serving(
-    text=ALPHABET, seconds=0.0, slots=4, queue=4, workers=1, models=("test",), drain=1.0, max_tokens=30, **settings
+    text=ALPHABET,
+    seconds=0.0,
+    slots=4,
+    queue=4,
+    workers=1,
+    models=("test",),
+    drain=1.0,
+    max_tokens=30,
+    port=0,
+    **settings,
 ):
     """A server whose models say `text` (see tiny_model.Chain): yields a Rig."""
     threads = [
@@ -96,8 +105,10 @@ def serving(
         Worker(model, i, {}, threads[m * workers + i].start) for m, model in enumerate(models) for i in range(workers)
     ]
     desk = Desk.of(Pool(fronts, queue), TOKENIZER, Settings(Sampling(temperature=0, max_tokens=max_tokens), **settings))
+    desk.renderer.seconds = 60.0  # a loaded machine may take long to start it, and would show plain text
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
     config = server.config_of(create_app(desk), "127.0.0.1", 0)
     uvicorn = server.Server(config, desk.pool, drain)
     thread = threading.Thread(target=uvicorn.run, kwargs={"sockets": [listener]})
@@ -114,7 +125,7 @@ def serving(
 
 def post(url, path="/chat/completions", status=200, headers=None, **body):
     """POST a JSON body and expect a status."""
-    answer = httpx.post(url + path, json=body, timeout=20, headers=headers)
+    answer = httpx.post(url + path, json=body, timeout=60, headers=headers)
     assert answer.status_code == status, answer.text
     return answer
 
@@ -129,7 +140,15 @@ def said(events):
     return "".join(event.get("token", "") for event in events)
 
 
-def until(condition, seconds=5):
+def halted(rig):
+    """Let no step of the first engine end before the event that is returned is set."""
+    model, gate = rig.engine.model, threading.Event()
+    forward = model.forward
+    model.forward = lambda *a, **more: gate.wait(60) and forward(*a, **more)
+    return gate
+
+
+def until(condition, seconds=30):
     """Wait for something to become true."""
     end = time.monotonic() + seconds
     while not condition():

@@ -69,7 +69,7 @@ def test_multi_byte_characters_are_printed_whole_pitfall_30(says, capsys, monkey
 def test_calculator_steps_are_shown_in_brackets(says, capsys):
     says("It is «2*3»xxx6!.")
     chat_cli.main(Config(prompt="Hi"))
-    assert capsys.readouterr().out == "It is [2*3 = 6]6!\n"
+    assert capsys.readouterr().out == "It is [2*3 = 6] 6!\n"
 
 
 def test_colours_only_on_a_terminal():
@@ -81,7 +81,7 @@ def test_colours_only_on_a_terminal():
     for piece in [("text", "a"), ("python", "1+1"), ("python_output", "2"), ("text", "b"), ("python", "1/0")]:
         screen.write(*piece)
     screen.end()
-    assert screen.out.getvalue() == "a\033[2m[1+1 = 2]\033[0mb\033[2m[1/0]\033[0m\n"
+    assert screen.out.getvalue() == "a\033[2m[1+1 = 2]\033[0m b\033[2m[1/0]\033[0m\n"
 
 
 def test_the_limit_is_a_flag_and_is_told_pitfall_30(says, capsys):
@@ -275,8 +275,15 @@ def test_a_conversation_is_saved_in_the_form_that_training_reads(says, monkeypat
 def test_again_answers_the_same_question(says, monkeypatch, capsys):
     engine, seen = says("Yes."), []
     monkeypatch.setattr(engine, "check", lambda ids, n=1: seen.append(list(ids)))
-    out, result = talk(monkeypatch, capsys, ["/again", "one", "/again", "/nonsense"])
-    assert result == {"turns": 2} and seen[0] == seen[1] and out.count(chat_cli.COMMANDS) == 2
+    out, result = talk(monkeypatch, capsys, ["/again", "one", "/again"])
+    assert result == {"turns": 2} and seen[0] == seen[1] and "no question yet" in out
+
+
+def test_help_tells_all_and_an_unknown_command_is_named(says, monkeypatch, capsys):
+    says("Yes.")
+    out, result = talk(monkeypatch, capsys, ["/help", "/nonsense"])
+    assert result == {"turns": 0} and f"{chat_cli.HELP}\n{chat_cli.COMMANDS}" in out
+    assert out.count(chat_cli.COMMANDS) == 1 and "no command /nonsense" in out
 
 
 def test_several_lines_make_one_message(says, monkeypatch, capsys):

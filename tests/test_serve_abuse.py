@@ -1,12 +1,14 @@
 """Hostile requests, a short version of scripts.bench_abuse: no 5xx, nothing without an end, no growth."""
 
 import gc
+import json
+import threading
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from pydantic import ValidationError
-from serve_rig import serving, until
+from serve_rig import HELLO, events, post, serving, until
 
 from nanochat.serve import asks, server
 from scripts import bench_abuse
@@ -52,6 +54,40 @@ def test_what_the_schema_allows_and_forbids_is_never_a_server_error(rig):
 
         check()
     until(lambda: rig.load == 0)
+
+
+def test_hostile_requests_are_refused_and_harm_no_other_reply():
+    small = [(path, body) for path, body in bench_abuse.hostile() if len(body) < 8000][::7]  # in time
+    with serving(seconds=0.002, queue=64) as rig:
+        over, whole = threading.Event(), []
+
+        def read():
+            while not over.is_set():
+                whole.append(events(post(rig.url, messages=HELLO, max_tokens=40))[-1])
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        until(lambda: rig.load)
+        statuses = [bench_abuse.send(port_of(rig), bench_abuse.head(path, len(body)) + body) for path, body in small]
+        over.set()
+        reader.join()
+        assert {(reply["finish"], reply["tokens"]) for reply in whole} == {("length", 40)}
+        assert len(small) > 60 and {400, 422} <= set(statuses) <= {200, 400, 404, 422}  # None: no end; 0: no answer
+        until(lambda: rig.load == 0)
+
+
+OUT = ["1000000000", "-1", "NaN", "1e999", "9" * 400]
+
+
+@pytest.mark.parametrize("number", OUT, ids=lambda number: number[:9])
+def test_a_number_out_of_bounds_is_refused_wherever_it_stands(rig, number):
+    bodies = {"/v1/chat/completions": f'"messages": {json.dumps(HELLO)}', "/v1/completions": '"prompt": "x"'}
+    for path, start in bodies.items():
+        for name in ("n", "max_tokens", "top_k", "temperature", "top_p", "min_p", "logprobs", "top_logprobs"):
+            if (path, name) == ("/v1/completions", "top_logprobs"):  # no field of it: ignored
+                continue
+            body = f'{{{start}, "{name}": {number}}}'.encode()
+            assert bench_abuse.send(port_of(rig), bench_abuse.head(path, len(body)) + body) == 400, (path, name)
 
 
 def test_a_fault_in_each_of_many_items_costs_no_time():

@@ -119,14 +119,14 @@ def test_a_text_that_takes_too_long_is_shown_plain_and_the_next_one_is_well():
     slow = [{"type": "text", "text": "\\(" * 30_000 + "<b>"}]
 
     async def run():
-        renderer = Renderer(seconds=5)
+        renderer = Renderer(seconds=30)
         try:
             await renderer.start()
             assert await renderer.blocks([{"type": "text", "text": "*a*"}]) == ["<p><em>a</em></p>\n"]
             renderer.seconds = 0.3
             begin = time.monotonic()
             made = await renderer.blocks(slow)
-            assert made == plain(slow) and "&lt;b&gt;" in made[0] and time.monotonic() - begin < 3
+            assert made == plain(slow) and "&lt;b&gt;" in made[0] and time.monotonic() - begin < 10
             await renderer.start()
             renderer.seconds = 10
             both = await asyncio.gather(*(renderer.blocks([{"type": "text", "text": f"`{i}`"}]) for i in range(5)))
@@ -141,3 +141,12 @@ def test_a_text_that_takes_too_long_is_shown_plain_and_the_next_one_is_well():
             await renderer.close()
 
     asyncio.run(run())
+
+
+def test_nobody_waits_for_ever_behind_others():
+    async def run():
+        renderer = Renderer(seconds=0.2)
+        await renderer.turn.acquire()  # somebody else has given it much to do
+        return await asyncio.wait_for(renderer.blocks([{"type": "text", "text": "*a*"}]), 15)
+
+    assert asyncio.run(run()) == ["<p>*a*</p>"]

@@ -8,7 +8,7 @@ import threading
 import httpx
 import openai
 import pytest
-from serve_rig import HELLO, events, post, serving, until
+from serve_rig import HELLO, events, halted, post, serving, until
 from tiny_model import TOKENIZER
 
 
@@ -112,6 +112,40 @@ def test_completions_whole_streamed_and_of_several_prompts(alphabet):
     assert len(alphabet.completions.create(model="test", prompt="abc").choices[0].text) == 16  # OpenAI's default
 
 
+def test_a_reply_of_no_tokens_says_and_counts_none(alphabet):
+    body = {"model": "test", "prompt": ["abc", "xy"], "max_tokens": 0, "echo": True, "n": 2}
+    done = alphabet.completions.create(**body)
+    assert [choice.text for choice in done.choices] == ["abc", "abc", "xy", "xy"]
+    assert {choice.finish_reason for choice in done.choices} == {"length"} and done.usage.completion_tokens == 0
+    *chunks, last = alphabet.completions.create(**body, stream=True, stream_options={"include_usage": True})
+    texts = {i: "".join(c.choices[0].text for c in chunks if c.choices[0].index == i) for i in range(4)}
+    assert list(texts.values()) == ["abc", "abc", "xy", "xy"] and last.usage.completion_tokens == 0
+    assert last.usage.total_tokens == last.usage.prompt_tokens == 7  # with a bos each
+
+
+def test_log_probabilities_end_where_the_text_ends(alphabet):
+    whole = alphabet.completions.create(model="test", prompt="ab", stop=["fgh"], logprobs=1).choices[0]
+    assert (whole.text, whole.logprobs.tokens) == ("cde", list("cde"))
+    chunks = alphabet.completions.create(model="test", prompt="ab", stop=["fgh"], logprobs=1, stream=True)
+    pieces = [(c.choices[0].text, c.choices[0].logprobs.tokens) for c in chunks if c.choices[0].logprobs]
+    assert [text for text, _ in pieces] == ["".join(tokens) for _, tokens in pieces]
+    assert "".join(text for text, _ in pieces) == "cde"
+    chat = {"model": "test", "messages": HELLO, "logprobs": True}
+    choice = alphabet.chat.completions.create(**chat, stop="de").choices[0]
+    assert [record.token for record in choice.logprobs.content] == list("abc")
+    held = alphabet.chat.completions.create(**chat, stop="dez", max_tokens=5).choices[0]  # held back in vain
+    assert held.message.content == "abcde" and len(held.logprobs.content) == 5
+
+
+def test_several_replies_to_several_prompts_are_streamed_each_whole(alphabet):
+    body = {"model": "test", "prompt": ["ab", "xy"], "n": 2, "max_tokens": 3, "echo": True, "stream": True}
+    choices = [chunk.choices[0] for chunk in alphabet.completions.create(**body)]
+    for i, text in enumerate(["abcde", "abcde", "xyzab", "xyzab"]):
+        mine = [choice for choice in choices if choice.index == i]
+        assert "".join(choice.text for choice in mine) == text
+        assert [choice.finish_reason for choice in mine if choice.finish_reason] == ["length"]
+
+
 def test_scoring_a_text_as_lm_eval_does(alphabet):
     done = alphabet.completions.create(model="test", prompt="abcz", max_tokens=0, echo=True, logprobs=2).choices[0]
     assert done.text == "abcz" and done.logprobs.tokens == list("abcz") and done.logprobs.text_offset == [0, 1, 2, 3]
@@ -186,18 +220,20 @@ def test_a_wrong_id_in_a_later_prompt_is_refused_before_anything_begins():
 
 
 def test_errors_have_openai_s_classes():
-    with serving(seconds=0.05, slots=1, queue=0, max_tokens=30, api_key="right") as rig:
+    with serving(slots=1, queue=0, max_tokens=30, api_key="right") as rig:
         with client(rig) as made, pytest.raises(openai.AuthenticationError) as wrong:
             made.models.list()
         assert wrong.value.code == "invalid_api_key"
         with openai.OpenAI(base_url=rig.url + "/v1", api_key="right", max_retries=0) as made:
             create = made.chat.completions.create
+            gate = halted(rig)
             thread = threading.Thread(target=create, kwargs={"model": "test", "messages": HELLO})
             thread.start()
             until(lambda: rig.load == 1)
             with pytest.raises(openai.RateLimitError) as busy:
                 create(model="test", messages=HELLO)
             assert int(busy.value.response.headers["retry-after"]) > 0
+            gate.set()
             thread.join()
             rig.engine.model.fail = True
             with pytest.raises(openai.InternalServerError):

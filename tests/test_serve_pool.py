@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 from serve_rig import HELLO, events, post, serving, until
+from tiny_model import TOKENIZER
 
 from nanochat.errors import UserError
+from nanochat.sampling import Sampling
 from nanochat.serve import limits, pool, wire, worker
 from nanochat.serve.pool import Busy, NotReady, Pool, Worker, beginnings
 
@@ -115,6 +117,8 @@ def test_limits_by_client(monkeypatch):
         clients.enter(f"c{i}", 1)
         clients.leave(f"c{i}", 1)
     assert len(clients.seen) <= 7 and clients.seen["b"].replies == 3  # who has replies is not forgotten
+    clients.enter("d", 1, asks=0)  # no question: the minute has as many left as before
+    assert clients.seen["d"].tokens == 2
     free = limits.Clients()
     for _ in range(100):
         free.enter("a", 8)
@@ -163,6 +167,26 @@ def test_two_workers_share_the_requests_and_two_models_do_not():
         assert sum(tokens[:2]) == 20 and sum(tokens[2:]) == 10
         gpus = {events(post(rig.url, messages=HELLO))[0]["gpu"] for _ in range(2)}
         assert gpus <= {0, 1}
+
+
+def test_what_is_held_back_for_a_stop_string_is_told_when_a_reply_is_cut():
+    sequence = SimpleNamespace(sampling=Sampling(stop=("bcd",), logprobs=True), tokens=list(b"abc"), cached=0)
+    reply = worker.Reply(1, 0, sequence, TOKENIZER)
+    for token in sequence.tokens:
+        reply.feed(SimpleNamespace(token=token, logprob=0.0, top=None, finished=None))
+    assert reply.pieces == [["text", "a"]] and len(reply.tokens) == 1
+    reply.close("deadline")
+    assert reply.pieces == [["text", "abc"]] and [record[0] for record in reply.tokens] == list("abc")
+
+
+def test_showing_old_replies_is_limited_as_making_new_ones_is():
+    with serving("Hey!.", at_once=2) as rig:
+        body = {"messages": [[{"type": "text", "text": "*a*"}]]}
+        rig.desk.clients.enter("127.0.0.1", 2)  # two replies in the making
+        assert int(post(rig.url, "/render", 429, **body).headers["retry-after"]) > 0
+        rig.desk.clients.leave("127.0.0.1", 1)
+        assert post(rig.url, "/render", **body).json() == {"messages": [["<p><em>a</em></p>\n"]]}
+        assert rig.desk.clients.seen["127.0.0.1"].replies == 1
 
 
 class Piece:

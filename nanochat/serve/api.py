@@ -141,7 +141,7 @@ def add_page(app: FastAPI) -> None:
         same = request.headers.get("if-none-match") == tag
         return Response(b"" if same else content, 304 if same else 200, headers, kind)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(request: Request):
         return send("/", request)
 
@@ -158,10 +158,12 @@ def add_status(app: FastAPI, desk: Desk) -> None:
     """Is it alive, is it ready, how busy is it, what has it done."""
     pool = desk.pool
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health():
         return {"status": "ok", "ready": pool.ready, "num_gpus": len(pool.workers), "available_workers": pool.free()}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {}})
     async def ready():
         if not pool.ready:
@@ -183,6 +185,11 @@ def add_status(app: FastAPI, desk: Desk) -> None:
     async def metrics():
         return Response(desk.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.post("/render", responses={400: {}})
-    async def render(ask: asks.RenderAsk):
-        return {"messages": [await desk.renderer.blocks(parts) for parts in ask.check()]}
+    @app.post("/render", responses={400: {}, 429: {}})
+    async def render(ask: asks.RenderAsk, request: Request):
+        messages, address = ask.check(), request.client.host if request.client else ""
+        desk.clients.enter(address, 1, asks=0)  # a chat that is opened is no question, but costs as much as a reply
+        try:
+            return {"messages": [await desk.renderer.blocks(parts) for parts in messages]}
+        finally:
+            desk.clients.leave(address, 1)

@@ -108,6 +108,8 @@ def _message_problems(messages: list[Message]) -> list[str]:
         return [f"a conversation must have 1 to {MAX_MESSAGES} messages."]
     wrong = []
     for i, message in enumerate(messages, 1):
+        if len(message.role) > 20:
+            wrong.append(f"message {i} has an unknown role.")  # and not its name: an error is short
         if not message.size():
             wrong.append(f"message {i} is empty.")
         if message.role != "assistant" and message.size() > MAX_MESSAGE_CHARS:

@@ -70,7 +70,8 @@ class Guard:
         return None
 
     def _knows_the_key(self, headers: dict[str, str]) -> bool:
-        given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        given = headers.get("authorization", "").strip()
+        given = given[7:].strip() if given[:7].lower() == "bearer " else given
         return hmac.compare_digest(given.encode(), self.api_key.encode())
 
     def _limited(self, receive):

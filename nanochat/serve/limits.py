@@ -33,8 +33,8 @@ class Clients:
     per_minute: int = 0
     seen: OrderedDict[str, _Client] = field(default_factory=OrderedDict)
 
-    def enter(self, address: str, replies: int) -> None:
-        """A client asks for so many replies. TooMany: it may not now."""
+    def enter(self, address: str, replies: int, asks: int = 1) -> None:
+        """A client asks for so many replies; it counts as `asks` requests. TooMany: it may not now."""
         now = time.monotonic()
         client = self.seen.setdefault(address, _Client(float(self.per_minute), now))
         self.seen.move_to_end(address)
@@ -44,10 +44,10 @@ class Clients:
         client.seen = now
         if self.at_once and client.replies + replies > self.at_once:
             raise TooMany(f"You have {client.replies} replies in the making and may have {self.at_once}.", 2)
-        if self.per_minute and client.tokens < 1:
-            wait = math.ceil((1 - client.tokens) / rate)
+        if self.per_minute and client.tokens < asks:
+            wait = math.ceil((asks - client.tokens) / rate)
             raise TooMany(f"You may ask {self.per_minute} times a minute: wait {wait} seconds.", wait)
-        client.tokens -= 1
+        client.tokens -= asks
         client.replies += replies
 
     def leave(self, address: str, replies: int) -> None:

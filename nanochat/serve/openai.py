@@ -7,6 +7,7 @@ calculator's steps, which are no content: a whole message has `parts`, a stream 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -74,10 +75,12 @@ async def complete_text(desk: Desk, ask: asks.CompletionAsk, request: Request):
     sampling = ask.sampling(desk.settings.sampling, prompt_logprobs=scored, **wants)
     if scored and ask.stream:
         raise UserError("echo with logprobs can't be streamed: leave out stream.")
-    ids = [encode(desk.tokenizer, prompt) for prompt in ask.prompts()]
+    given = ask.prompts()  # of some texts, 32,000 characters take the tokenizer half a second: not in the event loop
+    ids = await asyncio.to_thread(lambda: [encode(desk.tokenizer, prompt) for prompt in given])
     if (highest := max(map(max, ids))) >= desk.tokenizer.vocab_size:  # before any prompt is begun
         raise UserError(f"Token id {highest} of a prompt is beyond the vocabulary of {desk.tokenizer.vocab_size}.")
     ticket = desk.open_ticket(request, model, ids, sampling, ask.n or 1)
+    ticket.mute = ask.max_tokens == 0
     items, rest = await desk.first(ticket, request)
     texts = [desk.tokenizer.decode(shown_prompt(desk.tokenizer, prompt)) if ask.echo else "" for prompt in ids]
     head = heading("cmpl", model)
@@ -165,15 +168,12 @@ def whole_chat(reply: Reply, logprobs: bool) -> dict:
 def whole_text(reply: Reply, echoed: str, ask: asks.CompletionAsk, tokenizer) -> dict:
     """A choice of a completion; `echoed` is the prompt to repeat."""
     text, tokens = reply.text("text", "python", "python_output"), reply.tokens
-    if ask.max_tokens == 0:
-        text, tokens = "", []
     law = None
     if ask.logprobs is not None:
         prompt = reply.end.prompt or []
         prompt = prompt[1:] if prompt and prompt[0][0] == "<|bos|>" else prompt
         law = text_logprobs(prompt + tokens)
-    end = "length" if ask.max_tokens == 0 else finish_reason(reply.end)
-    return {"text": echoed + text, "index": reply.index, "logprobs": law, "finish_reason": end}
+    return {"text": echoed + text, "index": reply.index, "logprobs": law, "finish_reason": finish_reason(reply.end)}
 
 
 def chat_logprobs(tokens: list[list]) -> dict:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanochat.errors import UserError
@@ -104,6 +104,7 @@ class Ticket:
     tokens: int = 0
     cached: int = 0
     why: str = "cancelled"  # what a cancelled reply's end is called
+    mute: bool = False  # only the prompt is scored: what the engine makes besides is neither told nor counted
     said: list[list[dict]] = field(default_factory=list)  # the parts of each reply that has ended
 
     @property
@@ -126,6 +127,8 @@ class Ticket:
 
     def put(self, item: Item) -> None:
         """A worker's news."""
+        if self.mute:
+            item = silent(item)
         if self.first is None and item.pieces:
             self.first = time.monotonic()
         if item.end is not None:
@@ -140,6 +143,14 @@ class Ticket:
         """End every reply that is not over: the worker stops before its next step. Nothing if all are over."""
         if self.open:
             self.worker.cancel(self, finish)
+
+
+def silent(item: Item) -> Item:
+    """News without what the reply says; its end is that of a reply of 0 tokens."""
+    end = item.end
+    if end is not None:
+        end = replace(end, tokens=0, parts=[], finish="length" if end.finish == "stop" else end.finish)
+    return Item(item.reply, [], [], end)
 
 
 class Worker:

@@ -40,19 +40,28 @@ class Renderer:
 
     async def blocks(self, parts: list[dict]) -> list[str]:
         """The parts of a reply as blocks of safe HTML; as plain paragraphs if that can't be done in time."""
-        async with self.turn:
-            try:
-                await asyncio.wait_for(asyncio.shield(self.start()), self.seconds)
-            except TimeoutError:
-                return plain(parts)  # it may be ready for the next one
-            try:
-                return await asyncio.wait_for(self._ask(parts), self.seconds)
-            except (TimeoutError, ConnectionError):
-                await self.close()
-                return plain(parts)
-            except BaseException:  # cancelled between question and answer: the streams are out of step
-                await self.close()
-                raise
+        try:
+            await asyncio.wait_for(self.turn.acquire(), self.seconds)
+        except TimeoutError:
+            return plain(parts)  # others have given it much to do
+        try:
+            return await self._blocks(parts)
+        finally:
+            self.turn.release()
+
+    async def _blocks(self, parts: list[dict]) -> list[str]:
+        try:
+            await asyncio.wait_for(asyncio.shield(self.start()), self.seconds)
+        except TimeoutError:
+            return plain(parts)  # it may be ready for the next one
+        try:
+            return await asyncio.wait_for(self._ask(parts), self.seconds)
+        except (TimeoutError, ConnectionError):
+            await self.close()
+            return plain(parts)
+        except BaseException:  # cancelled between question and answer: the streams are out of step
+            await self.close()
+            raise
 
     async def _ask(self, parts: list[dict]) -> list[str]:
         self.process.stdin.write(wire.pack({"parts": parts}))

@@ -49,28 +49,40 @@ class Reply:
         self.stream, self.stops = ReplyStream(tokenizer), StopFinder(sequence.sampling.stop)
         self.pieces: list[list[str]] = []
         self.tokens: list[list] = []  # [text, token's bytes, logprob, alternatives]
+        self.held: deque[tuple[int, int, list]] = deque()  # records whose text is held back: where it begins and ends
+        self.fed = self.shown = 0  # characters of text made, and safe to show
         self.over: dict | None = None
         self.urgent = True  # the first token is sent at once
 
     def feed(self, event: Event) -> None:
         """Take the engine's next token."""
+        begin = self.fed
         self._show(self.stream.feed(event.token))
         if self.sequence.sampling.logprobs and not (
             event.finished == "stop" and event.token == self.sequence.stop_token
         ):
-            self.tokens.append(token_record(self.tokenizer, event.token, event.logprob, event.top))
+            record = token_record(self.tokenizer, event.token, event.logprob, event.top)
+            self.held.append((begin, self.fed, record))
+            self._release()
         if event.finished:
-            self._show(self.stream.end())
-            self._add("text", self.stops.end())
             self.close(event.finished)
 
     def _show(self, pieces: list[tuple[str, str]]) -> None:
         for kind, text in pieces:
-            if kind != "text":
+            if kind == "text":
+                self.fed += len(text)
+                self._add(kind, self.stops.feed(text))
+            else:
                 self._add("text", self.stops.end())  # text held back comes before the part that follows it
-            self._add(kind, self.stops.feed(text) if kind == "text" else text)
+                self._add(kind, text)
+
+    def _release(self) -> None:
+        """Records may go when their text may: none is of a stop string."""
+        while self.held and (self.held[0][0] < self.shown or self.held[0][1] <= self.shown):
+            self.tokens.append(self.held.popleft()[2])
 
     def _add(self, kind: str, text: str) -> None:
+        self.shown += len(text) if kind == "text" else 0
         if text and self.pieces and self.pieces[-1][0] == kind:
             self.pieces[-1][1] += text
         elif text:
@@ -78,6 +90,9 @@ class Reply:
 
     def close(self, finish: str) -> None:
         """The last word: why it ended, how many tokens, and the parts that the next turn will bring back."""
+        self._show(self.stream.end())
+        self._add("text", self.stops.end())
+        self._release()
         sequence = self.sequence
         parts = parse_reply(sequence.tokens, self.tokenizer)
         if self.stops.hit:
