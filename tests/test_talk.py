@@ -80,6 +80,21 @@ def test_no_training_text_uses_a_wording_of_the_benchmark(many):
 
 
 @pytest.mark.slow
+def test_no_question_put_together_from_parts_is_a_wording_of_the_benchmark():
+    """Every opener, ending and embedder with every wording, a fact each: what a random sample may miss."""
+    texts = []
+    for relation in questions.relations():
+        some = facts.relations()[relation]
+        for form in ("ask", "tell", "back", "yes"):
+            shapes = questions.OPENERS if form != "tell" else questions.EMBEDDERS + questions.CLAUSE_EMBEDDERS
+            for template in questions.wordings(relation, form):
+                one = next((f for f in some if questions.fits(template, f)), some[0])
+                texts += [shape.format(template.format_map(questions.slots(one))) for shape in (*shapes, "{}")]
+    assert len(texts) > 50_000
+    assert_free_of_held_out_wordings(texts)
+
+
+@pytest.mark.slow
 def test_no_training_text_uses_a_wording_of_the_benchmark_over_20_000_conversations():
     assert_free_of_held_out_wordings(users(tinyworld.TinyWorldTalk("train", size=20_000, seed=1)))
     assert_free_of_held_out_wordings(line for i in range(5000) for line in documents.document("train", i).split("\n"))
@@ -227,14 +242,23 @@ def test_a_call_is_the_question_s_own_spelling_where_it_uses_symbols():
     assert problem.expression in problem.question
 
 
-def test_a_sum_among_words_that_say_nothing_stands_there_once_and_whole():
-    asked = [sums.among_words(Random(i), "84 + 843") for i in range(500)]
+def test_a_phrase_among_words_that_say_nothing_stands_there_once_and_whole():
+    asked = [questions.among_words(Random(i), "84 + 843", sums._some_words()) for i in range(500)]
     assert all(re.findall(r"[\d+]+", text) == ["84", "+", "843"] for text in asked)
     words = {word for text in asked for word in re.findall("[a-z]+", text.lower())}
     known = words & facts.words()
     assert len(known) > 300 and len(words - known) > 300  # words of the world, and words that nobody knows
     last = sum(bool(re.search(r"843\W*$", text)) for text in asked)
     assert 50 < last < 200  # mostly words follow, too
+
+
+def test_of_a_thing_that_is_only_named_the_answer_says_what_it_is():
+    things = {word for f in facts.relations()["is_a"] for word in f.subject.lower().split()}
+    for i, one in enumerate(questions.askable("is_a", False)):
+        question, answer = talk.only_named(Random(i), one)
+        assert one.subject.lower()[:3] in question.lower() and questions.right(one, answer)
+        own = {*one.subject.lower().split(), *questions.SMALL_WORDS}
+        assert things & set(re.findall("[a-z]+", question.lower())) <= own, question  # no other thing beside it
 
 
 @pytest.mark.parametrize(

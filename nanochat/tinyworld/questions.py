@@ -30,9 +30,9 @@ OPENERS = (
     "My teacher asked me this: {}", "My little sister asked me: {}", "My grandfather asks: {}", "For my homework: {}",
     "We are having a quiz at home. {}", "Nobody here knows it. {}", "I was thinking. {}", "You are clever. {}",
     "Here is an easy one: {}", "Here is my next question. {}", "Before I go to bed, {}", "For a test at school, {}",
-    "{} I need it for my homework.", "{} My friend asked me.", "{} It is for a story.", "{} I am curious.",
+    "{} My homework needs it.", "{} My friend asked me.", "{} I want it in my story.", "{} I am curious.",
     "{} Nobody here knows it.", "{} Answer in one sentence.", "{} Thanks in advance.", "{} Be quick!",
-    "{} My teacher wants to know.", "{} That is my question.", "{} Can you help me?", "{} We are playing a quiz.",
+    "{} My teacher wants to know.", "{} That is my question.", "{} Please help me.", "{} We are playing a quiz.",
 )  # fmt: skip
 EMBEDDERS = (
     "Tell me {}.", "Please tell me {}.", "Do you know {}?", "Can you tell me {}?", "Could you tell me {}, please?",
@@ -42,7 +42,7 @@ EMBEDDERS = (
     "Will you tell me {}?",
     "Help me, I need to know {}.", "I am trying to learn {}.", "Explain to me {}, please.", "Let me know {}.",
     "I do not know {}. Do you?", "I have forgotten {}. Can you help?", "Teach me {}.", "Just tell me {}.",
-    "My friend wants to know {}.", "My teacher wants me to say {}.", "Do you remember {}?", "Write {}.",
+    "My friend wants to know {}.", "My teacher wants me to say {}.", "You surely know {}.", "Write {}.",
     "I am writing a story and I need to know {}.", "In a quiz they want to know {}.", "Show me that you know {}.",
     "It would be nice to know {}.", "I hope you can tell me {}.", "I cannot remember {}.", "Answer this: {}?",
 )  # fmt: skip
@@ -65,6 +65,9 @@ NOISE = (  # around a question without its mark
     "okay {}?", "well {}?", "um, {}?", "hello hello, {}?", "hi, hi! {}?", "please, {}?", "so {}?", "oh, {}?",
     "{} please?", "{}, please", "{}, okay?", "{}??", "{} ?", "{}, thanks", "{}...", "{}?!", "{} again?", "{} then?",
 )  # fmt: skip
+MARKS = ("?", ".", "!", "")
+CONSONANTS = "b c d f g h j k l m n p r s t v w y z st th ch sh br gr tr pl sl".split()
+SMALL_WORDS = "the so and then now my to very of it me you for this that or but all just in on at be".split()
 VERB_RELATIONS = ("job", "moves", "used_for", "body", "cannot")  # whose objects are verb phrases
 
 
@@ -233,6 +236,30 @@ def careless(rng: Random, text: str) -> str:
     if draw < 0.12 and text.endswith("?"):
         return noisy(rng, text)
     return text.rstrip("?.!") if draw > 0.93 else text
+
+
+def among_words(rng: Random, phrase: str, known: Sequence[str]) -> str:
+    """The phrase among words that say nothing, half of them `known`, half made up: people use words that a small model
+    never saw, and it must find what it can answer all the same.
+    """
+    before = [any_word(rng, known) for _ in range(rng.randrange(7))]
+    after = [any_word(rng, known) for _ in range(rng.randrange(5))]
+    text = " ".join([*before, phrase]) + rng.choice(("", "", ",", ":", ".", "?", "!") if after else MARKS)
+    if after:
+        after[0] = upper_first(after[0]) if text[-1] in ".?!" else after[0]
+        text += " " + " ".join(after) + rng.choice(MARKS)
+    return upper_first(text)
+
+
+def any_word(rng: Random, known: Sequence[str]) -> str:
+    """One of the known words, or one of one to three syllables that means nothing."""
+    if rng.random() < 0.5:
+        return rng.choice(known)
+    while True:
+        parts = [rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.choice((1, 2, 2, 3)))]
+        word = "".join(parts) + rng.choice(("", "", *CONSONANTS))
+        if word not in facts.words():
+            return word
 
 
 def noisy(rng: Random, text: str) -> str:

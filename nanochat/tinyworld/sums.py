@@ -211,8 +211,6 @@ CHAINS = {
     "({a} + {b}) * {c}": lambda a, b, c: (a + b) * c,
 }
 AMONG_WORDS = 0.25  # share of the questions in symbols or words whose other words say nothing
-MARKS = ("?", ".", "!", "")
-CONSONANTS = "b c d f g h j k l m n p r s t v w y z st th ch sh br gr tr pl sl".split()
 REPLIES = ("The answer is {v}.", "The answer is {v}.", "That makes {v}.")
 
 # -- problems --------------------------------------------------------------------------------------------------------
@@ -227,31 +225,10 @@ def ask(rng: random.Random, expression: str, wording: str) -> str:
     """A question about `wording`, which is the expression in symbols or words; bare forms only fit symbols."""
     draw = rng.random()
     if draw < AMONG_WORDS:
-        return among_words(rng, wording)
+        return questions.among_words(rng, wording, _some_words())
     asks = ASKS + BARE if wording == expression else ASKS
     text = rng.choice(asks).format(e=wording)
     return questions.opened(rng, text) if draw > 0.8 else text
-
-
-def among_words(rng: random.Random, wording: str) -> str:
-    """The expression among words that say nothing, half of them made up: people use words that a small model never saw,
-    and the numbers must be copied all the same.
-    """
-    before = [any_word(rng) for _ in range(rng.randrange(7))]
-    after = [any_word(rng) for _ in range(rng.randrange(5))]
-    text = " ".join([*before, wording]) + rng.choice(("", "", ",", ":", ".", "?", "!") if after else MARKS)
-    if after:
-        after[0] = questions.upper_first(after[0]) if text[-1] in ".?!" else after[0]
-        text += " " + " ".join(after) + rng.choice(MARKS)
-    return questions.upper_first(text)
-
-
-def any_word(rng: random.Random) -> str:
-    """A word of the world, or one of one to three syllables that means nothing."""
-    if rng.random() < 0.5:
-        return rng.choice(_some_words())
-    parts = (rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.choice((1, 2, 2, 3))))
-    return "".join(parts) + rng.choice(("", "", *CONSONANTS))
 
 
 @cache

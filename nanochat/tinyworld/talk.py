@@ -34,6 +34,8 @@ WEIGHTS = {
     "story": 2.0,
 }
 
+ONLY_NAMED = 0.06  # share of the conversations about facts that begin with a thing's name among words that say nothing
+
 
 def conversation(split: str, i: int, seed: int = 0) -> dict:
     """Conversation `i` (0, 1, 2, ...) of a split: {"messages": [...]}, 1 to 5 turns. UserError: no such split."""
@@ -60,12 +62,22 @@ def messages(turns: list[Turn]) -> dict:
 
 def about_facts(rng: Random, test: bool) -> list[Turn]:
     """A question about a fact, and often a second or third one that follows from it."""
-    fact = questions.draw_fact(rng, test)
-    turns = [first_question(rng, fact, test)]
+    if rng.random() < ONLY_NAMED:
+        fact = rng.choice(questions.askable("is_a", test))
+        turns = [only_named(rng, fact)]
+    else:
+        fact = questions.draw_fact(rng, test)
+        turns = [first_question(rng, fact, test)]
     while len(turns) < 3 and rng.random() < 0.4:
         fact, turn = next_question(rng, fact, test)
         turns.append(turn)
     return turns
+
+
+def only_named(rng: Random, fact: Fact) -> Turn:
+    """A thing among words that say nothing: whoever understands nothing else can still say what it is."""
+    name = questions.slots(fact)[rng.choice("aasp")]
+    return careless(rng, questions.among_words(rng, name, questions.SMALL_WORDS)), questions.answer(fact)
 
 
 def first_question(rng: Random, fact: Fact, test: bool) -> Turn:
