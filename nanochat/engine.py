@@ -96,7 +96,7 @@ class Engine:
         self._counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"), 0)
         self._tools = ToolTokens.of(tokenizer) if tools else None
         self._stop_tokens = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos))
-        self._knobs: tuple[list[Sampling], Knobs] | None = None  # of the last step's rows
+        self._knobs: tuple[list[Sampling], Knobs | native.Knobs] | None = None  # of the last step's rows
 
     def fresh(self) -> Engine:
         """An empty engine of the same kind, for after a step that failed half way."""
@@ -318,9 +318,14 @@ class Engine:
         """(n, V) -> ids, log probabilities and alternatives as lists: the one copy to the host of a step."""
         params = [sequence.sampling for sequence, guesses in rows for _ in range(len(guesses) + 1)]
         if self._knobs is None or self._knobs[0] != params:
-            self._knobs = params, Knobs(params, self.device)
+            quick = self.decoder.knobs(params) if isinstance(self.decoder, native.Native) else None
+            self._knobs = params, quick or Knobs(params, self.device)
         draws = [uniform(s.seed, len(s.tokens) + i) for s, guesses in rows for i in range(len(guesses) + 1)]
-        ids = sample(logits, self._knobs[1], torch.tensor(draws).to(self.device, non_blocking=True))
+        knobs = self._knobs[1]
+        if isinstance(knobs, native.Knobs):
+            ids = knobs.draw(logits, draws)
+        else:
+            ids = sample(logits, knobs, torch.tensor(draws).to(self.device, non_blocking=True))
         asked = any(each.logprobs for each in params)
         top = max(each.top_logprobs for each in params)
         return logprobs.unpack(logprobs.pack(logits, ids, asked, top))

@@ -1,8 +1,7 @@
 """The memory of keys and values: blocks of tokens, a pool of them for every kind of window.
 
 Layers with the same window form a group; its sequences hold the same blocks in each of its layers (nanochat/blocks.py
-says who holds which), and those with a short window hold few. Memory is taken at once, up to a limit; on a CPU the
-pages behind it are only used when written.
+says who holds which), and those with a short window hold few. Memory is taken at once, up to a limit.
 
 Shape letters: N blocks, S tokens a block, Hkv key/value heads, D head dim.
 """
@@ -15,6 +14,7 @@ import torch
 from nanochat.blocks import BlockPool, Pages
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
+from nanochat.runtime import prefer_huge_pages
 
 SHARE = 0.4  # of the free memory of a device that a cache takes at most [guess: leaves room for prefill and logits]
 MOST_ON_CPU = 2 << 30  # bytes
@@ -41,7 +41,8 @@ class KVCache:
         self.pools = [BlockPool(count, span) for count, span in zip(counts, self.spans)]
         shape = (size, config.n_kv_head, config.head_dim)
         # zeros, not empty: a NaN there would pass through a mask's weight of 0
-        self.memory = [torch.zeros(2, counts[g], *shape, dtype=dtype, device=device) for g in self.groups]
+        new = {"dtype": dtype, "device": device}
+        self.memory = [prefer_huge_pages(torch.empty(2, counts[g], *shape, **new)).zero_() for g in self.groups]
         self.keys, self.values = ([memory[i].flatten(0, 1) for memory in self.memory] for i in (0, 1))  # (N S, Hkv, D)
 
     def _least(self, span: int, max_len: int) -> int:

@@ -16,6 +16,11 @@ from torch.nn import functional as F
 from nanochat import gpt
 from nanochat.decode import Batch, Int8Matrix, Matrix, Runner
 from nanochat.kvcache import KVCache
+from nanochat.runtime import prefer_huge_pages
+from nanochat.sampling import MIN_TEMPERATURE, Sampling
+
+LINE = 64  # bytes: what a processor's cache moves at once
+ROOM = 1 << 24  # bytes taken at a time for weights, so that small ones too lie on large pages
 
 
 def find(runner, cache: KVCache) -> Native | None:
@@ -36,11 +41,13 @@ class Native:
         self.columns = self.library.panel_columns()
         self.scratch = torch.empty(0)
         self.step, self._kept = kernels.Step(), []
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     def forget(self) -> None:
         """The weights have changed: lay them out anew."""
         runner, config = self.runner, self.runner.model.config
         self._kept = []  # tensors that only C points to
+        self._room = self._room[:0]
         layers = (self.kernels.Layer * config.n_layer)(*map(self._layer, runner.layers))
         self._kept.append(layers)
         half = config.head_dim // 2
@@ -58,6 +65,17 @@ class Native:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 
+    def _copy(self, tensor: torch.Tensor) -> int:
+        """The address of a copy, side by side with the other copies."""
+        size = -(-tensor.nbytes // LINE) * LINE
+        if size > len(self._room):
+            self._room = prefer_huge_pages(torch.empty(max(size, ROOM) + LINE, dtype=torch.uint8))
+            self._kept.append(self._room)
+            self._room = self._room[-self._room.data_ptr() % LINE :]
+        mine, self._room = self._room[: tensor.nbytes], self._room[size:]
+        mine.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return mine.data_ptr()
+
     def _matrix(self, matrix: Matrix, count: int | None = None):
         """The first `count` columns of a runner's matrix, in panels."""
         whole = isinstance(matrix, Int8Matrix)
@@ -66,7 +84,7 @@ class Native:
         spare = -count % self.columns
         panels = F.pad(columns, (0, spare)).view(depth, -1, self.columns).transpose(0, 1)  # (panels, K, columns)
         scale = self._keep(F.pad(matrix.scale[:count].float(), (0, spare))) if whole else None
-        return self.kernels.Matrix(panels=self._keep(panels), scale=scale, depth=depth, columns=count)
+        return self.kernels.Matrix(panels=self._copy(panels), scale=scale, depth=depth, columns=count)
 
     def _layer(self, layer):
         config, cache = self.runner.model.config, self.cache
@@ -97,6 +115,12 @@ class Native:
         self.library.forward(ctypes.byref(self.model), ctypes.byref(step))
         return logits
 
+    def knobs(self, rows: list[Sampling]) -> Knobs | None:
+        """For drawing with these parameters; None where one of them needs all of the vocabulary sorted."""
+        kinds = {row.kind() for row in rows}
+        kept = max(row.top_k or 0 for row in rows)
+        return Knobs(rows, self) if "sorted" not in kinds and kept <= self.library.most_kept() else None
+
     def _pieces(self, batch: Batch) -> tuple[list[int], list[int], int]:
         """For each group and row what it sees: where its pieces begin in the second list, which is (start, stop) of
         each, the last one's end the row's own place; and the most tokens that a row sees.
@@ -111,3 +135,26 @@ class Native:
                     pieces += piece
                 starts.append(len(pieces) // 2)
         return starts, pieces, longest
+
+
+class Knobs:
+    """The parameters of a step's rows for C: sampling.Knobs' twin."""
+
+    def __init__(self, rows: list[Sampling], native: Native):
+        self.native = native
+        self.held = {
+            "temperature": array("f", [max(float(row.temperature), MIN_TEMPERATURE) for row in rows]),
+            "top_p": array("f", [float(row.top_p or 1) for row in rows]),
+            "min_p": array("f", [float(row.min_p or 0) for row in rows]),
+            "top_k": array("q", [1 if row.greedy else row.top_k or 0 for row in rows]),
+        }
+        self.job = native.kernels.Draw(rows=len(rows), **{k: x.buffer_info()[0] for k, x in self.held.items()})
+
+    def draw(self, logits: torch.Tensor, u: list[float]) -> torch.Tensor:
+        """logits (B, V) fp32, u as sampling.uniform gives it, one a row -> ids (B,) int64."""
+        logits, uniform, ids = logits.contiguous(), array("f", u), torch.empty(len(u), dtype=torch.int64)
+        job = self.job
+        job.threads, job.vocab, job.logits = torch.get_num_threads(), logits.size(1), logits.data_ptr()
+        job.u, job.ids = uniform.buffer_info()[0], ids.data_ptr()
+        self.native.library.draw(ctypes.byref(job))
+        return ids

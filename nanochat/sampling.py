@@ -129,7 +129,8 @@ class _Group:
         self.kind = kind
         self.temperature = column([max(float(row.temperature), MIN_TEMPERATURE) for row in rows])
         self.largest_k = max(row.top_k for row in rows) if kind == "top_k" else None
-        self.top_k = column([row.top_k for row in rows]) if len({row.top_k for row in rows}) > 1 else None
+        several = kind == "top_k" and len({row.top_k for row in rows}) > 1
+        self.top_k = column([row.top_k for row in rows]) if several else None
         self.top_p = column([float(row.top_p or 1) for row in rows]) if any(row.top_p for row in rows) else None
         self.min_p = column([float(row.min_p or 0) for row in rows]) if any(row.min_p for row in rows) else None
 

@@ -18,7 +18,7 @@ from nanochat import native
 from nanochat.engine import Engine
 from nanochat.kernels import cpu_forward
 from nanochat.kernels.cpu_forward import Unavailable
-from nanochat.sampling import Sampling
+from nanochat.sampling import Sampling, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = Sampling(temperature=0, max_tokens=5, stop_tokens=())
@@ -256,3 +256,49 @@ def test_the_source_has_no_warnings(compiler, tmp_path):
         command += [str(cpu_forward.SOURCE), "-o", str(tmp_path / "strict.so"), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:3000]
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def draws(draw):
+    """Rows of parameters that C serves, and a vocabulary's size."""
+    chance = st.floats(0.05, 1)
+    row = st.builds(
+        Sampling, temperature=st.sampled_from([0, 0.3, 1, 3.7]), top_k=st.sampled_from([None, 1, 2, 50, 200]),
+        top_p=chance, min_p=st.floats(0, 0.3),
+    )  # fmt: skip
+    rows = draw(st.lists(row.filter(lambda s: s.greedy or s.top_k) | st.just(Sampling(min_p=0.01)), min_size=1))
+    return rows, draw(st.integers(200, 9000)), draw(st.integers(0, 2**31)), draw(st.integers(1, 3))
+
+
+@given(draws())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_c_draws_what_torch_draws(case):
+    rows, vocab, seed, threads = case
+    random = torch.Generator().manual_seed(seed)
+    logits, u = 3 * torch.randn(len(rows), vocab, generator=random), torch.rand(len(rows), generator=random)
+    decoder = Engine(tiny_gpt(), TOKENIZER).decoder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        ids = decoder.knobs(rows).draw(logits, u.tolist())
+    expected = sample(logits, rows, u)
+    for row in (ids != expected).nonzero().flatten().tolist():  # allowed where u lies on the border of two tokens
+        near = [sample(logits[row : row + 1], [rows[row]], u[row : row + 1] + by).item() for by in (-1e-5, 1e-5)]
+        assert ids[row].item() in near
+
+
+def test_drawing_from_nan_stays_inside_the_vocabulary():
+    decoder = Engine(tiny_gpt(), TOKENIZER).decoder
+    for logits in (torch.full((3, 500), float("nan")), torch.full((3, 500), float("-inf"))):
+        ids = decoder.knobs([Sampling(), Sampling(top_k=5), Sampling(temperature=0)]).draw(logits, [0.5] * 3)
+        assert (ids >= 0).all() and (ids < 500).all()
+
+
+def test_what_c_does_not_draw_is_drawn_by_torch():
+    decoder = Engine(tiny_gpt(), TOKENIZER).decoder
+    assert decoder.knobs([Sampling(top_p=0.5)]) is None and decoder.knobs([Sampling(top_k=300)]) is None
+    assert decoder.knobs([Sampling(top_k=50, top_p=0.5)]) is not None
+    replies = Engine(tiny_gpt(), TOKENIZER).complete([[1, 2], [3]], Sampling(top_p=0.5, seed=1, max_tokens=4))
+    assert all(len(reply.ids) > 0 for group in replies for reply in group)

@@ -134,3 +134,9 @@ def test_the_best_of_groups_are_the_best_of_all(rows, size, k):
     logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(size + k))
     values, ids = _best(logits, k)
     assert torch.equal(values, logits.topk(k).values) and torch.equal(logits.gather(1, ids), values)
+
+
+def test_greedy_rows_may_have_any_cuts_beside_each_other():
+    rows = [Sampling(temperature=0, top_k=k, top_p=p) for k, p in ((None, None), (5, 0.5), (1, None))]
+    logits = torch.tensor([[0.0, 2.0, 1.0]]).repeat(3, 1)
+    assert sample(logits, rows, torch.rand(3)).tolist() == [1, 1, 1]

@@ -9,6 +9,7 @@
 
 #include "cpu_products.h"
 #include "cpu_threads.h"
+#include "cpu_draw.h"
 
 #define KEYS 8 /* tokens whose values are added to a sum while it is in registers */
 

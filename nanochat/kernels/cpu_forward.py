@@ -51,6 +51,7 @@ Step = struct(
     "Step", rows=I, threads=I, longest=I, ids=P, previous=P, positions=P, starts=P, pieces=P, wanted=P, wanted_rows=I,
     logits=P, scratch=P,
 )  # fmt: skip
+Draw = struct("Draw", rows=I, threads=I, vocab=I, logits=P, u=P, temperature=P, top_p=P, min_p=P, top_k=P, ids=P)
 
 
 class Unavailable(Exception):
@@ -73,9 +74,10 @@ def load(path: Path) -> ctypes.CDLL:
         found = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"{path} can't be loaded ({error}): remove it, it will be made again.") from error
-    found.panel_columns.restype = found.scratch_floats.restype = I
+    found.panel_columns.restype = found.scratch_floats.restype = found.most_kept.restype = I
     found.scratch_floats.argtypes = found.forward.argtypes = [P, P]
-    found.forward.restype = None
+    found.draw.argtypes = [P]
+    found.forward.restype = found.draw.restype = None
     return found
 
 
