@@ -74,8 +74,7 @@ FASTEST = {"cuda": "compiled", "cpu": "by hand", "mps": "plain"}  # what train.f
 STATS = 4  # bytes: norms' and attention's statistics, one a token, or a token and head, are fp32
 # glibc can't reuse the hole of an aligned temporary for another of its size, and training keeps freed pages: on a CPU
 # the blocks' holes are this share of the activations (measured; dev/bench/2026-11-28_memory.json has shapes that it was
-# not chosen by), in 16 bits of fp32 ones, because norms and sums make fp32 copies of what they read. And the largest
-# hole, the head's gradient's, stays when the tables' gradients come.
+# not chosen by), in 16 bits of fp32 ones, because norms and sums make fp32 copies of what they read.
 HOLES = {"plain": 0.67, "by hand": 0.35}
 
 
@@ -153,22 +152,33 @@ def moments(config: GPTConfig, rows: int, *, world: int = 1, bytes_per_value: in
     forward = forward or FASTEST[device]
     kept = activations(config, rows, bytes_per_value, forward)
     kept -= recomputation(config, rows, bytes_per_value, forward)["saved"] * recompute
-    hole = 4 * config.padded_vocab * config.n_embd  # of the head's gradient before it was scaled
+    coming = 4 * (adam - config.padded_vocab * config.n_embd) // share if gradients == 4 * muon // share else 0
     joined = 4 * config.n_layer * config.n_embd * (config.n_embd + 2 * config.kv_dim)  # by hand: q, k and v in one
     backward = lasting | {
         "gradients": gradients,
         "casts": bytes_per_value * muon if bytes_per_value < 4 else joined * (forward == "by hand"),
         "activations": kept,
         "logits": loss_room(config, tokens, bytes_per_value, device),
-        "holes": int(HOLES.get(forward, 0) * kept * 4 / bytes_per_value + hole) if device == "cpu" else 0,
+        "holes": holes(config, kept, bytes_per_value, forward, coming) if device == "cpu" else 0,
         # the gradients of one block's widest tensors, and by hand of all its matrices at once
         "room": tokens * 8 * config.n_embd * bytes_per_value + 4 * muon // config.n_layer * (forward == "by hand"),
     }
-    update = lasting | {"gradients": 4 * count["total"] // share, "casts": 0, "activations": 0, "logits": 0,
-                        "holes": hole if device == "cpu" else 0,
+    update = lasting | {"gradients": 4 * count["total"] // share, "casts": 0, "activations": 0, "logits": 0, "holes": 0,
                         "room": UPDATE_ROOM[bytes_per_value] * moved_at_once(config, device, world)}  # fmt: skip
     return {name: parts | {"total": sum(parts.values())} for name, parts in
             (("backward", backward), ("update", update))}  # fmt: skip
+
+
+def holes(config: GPTConfig, kept: int, bytes_per_value: int, forward: str, coming: int) -> int:
+    """Bytes that a CPU's allocator can't reuse when the backward pass is at its peak; kept: the activations.
+
+    coming: bytes of gradients that are not there when it begins. A table's comes when two blocks' activations have been
+    freed. If it is larger, none of them finds room there, and all lie beside what was there at the beginning; else the
+    hole that the head's gradient of the step before has left is too small for this step's.
+    """
+    blocks = HOLES.get(forward, 0) * kept * 4 / bytes_per_value
+    table, freed = 4 * config.padded_vocab * config.kv_dim, kept / _value_layers(config)
+    return int(blocks + (4 * config.padded_vocab * config.n_embd if table <= freed else coming))
 
 
 def loss_room(config: GPTConfig, tokens: int, bytes_per_value: int, device: str) -> int:

@@ -111,7 +111,7 @@ def speed(device: torch.device) -> list[Finding]:
     target = torch.empty_like(source)
     moved = 2 * source.nbytes / timed(lambda: target.copy_(source), rt.synchronize)
     name = hardware.device_name(device)
-    return [compare(f"matmul, {dtype}", flops, hardware.peak_flops(name), 1e12, "TFLOP/s"),
+    return [compare(f"matmul, {str(dtype).removeprefix('torch.')}", flops, hardware.peak_flops(name), 1e12, "TFLOP/s"),
             compare("memory", moved, hardware.peak_bandwidth(name), 1e9, "GB/s")]  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def main(cfg: Config) -> dict:
     found += speed(device) if cfg.speed else []
     found += [*storage(), *artefacts(), *(network() if cfg.network else [])]
     for one in found:
-        print(f"{one.state:<5}{one.name:<22}{one.text}")
+        print(f"{one.state:<5}{one.name:<21} {one.text}")
         if one.remedy:
             print(f"{'':<27}-> {one.remedy}")
     bad = [one.name for one in found if one.state == BAD]

@@ -144,6 +144,17 @@ def test_memory_is_one_moment_whose_parts_add_up():
     assert cost.memory(published(12), 32, device="cpu")["holes"] > 0 == large["holes"]
 
 
+def test_tables_larger_than_what_two_blocks_free_lie_beside_all_that_was_there():
+    """On a CPU: with few rows none of the tables' gradients finds a hole, with many all do."""
+    config = dataclasses.replace(published(6), sequence_len=256, vocab_size=32768)
+    count = cost.parameters(config)
+    head, coming = 4 * count["head"], 4 * (count["total"] - count["matrix"] - count["head"])
+    for rows, expected in ((1, coming), (64, head)):
+        kept = cost.activations(config, rows, 4, "by hand")
+        part = cost.moments(config, rows, bytes_per_value=4, device="cpu")["backward"]
+        assert part["holes"] == int(0.35 * kept) + expected
+
+
 def test_the_updates_room_is_what_a_square_stack_needs():
     few, many = (GPTConfig(n_layer=4, n_head=6, n_kv_head=kv, n_embd=768) for kv in (1, 6))
     assert cost.largest_bank(many) == cost.largest_bank(few) == 4 * 4 * 768**2

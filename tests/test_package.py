@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from email import message_from_string
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,48 @@ def test_the_wheel_runs_in_an_empty_folder_and_holds_every_module_and_data_file(
     code = "import nanochat, scripts.plan as p; print(nanochat.__file__); p.main(p.Config(depth=4, gpu='h100'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and str(tmp_path / "site") in done.stdout and "parameters" in done.stdout, done.stderr
+
+
+def closure(wanted):
+    """Every installed distribution that these requirements ask for, and those that they ask for in turn."""
+    from packaging.requirements import Requirement
+
+    found, asked = {}, [(Requirement(text), {""}) for text in wanted]
+    while asked:
+        one, extras = asked.pop()  # extras: of the distribution that asks
+        if one.marker and not any(one.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        if (one.name.lower(), *one.extras) not in found:
+            found[one.name.lower(), *one.extras] = here = metadata.distribution(one.name)
+            asked += [(Requirement(text), {"", *one.extras}) for text in here.requires or []]
+    return {name: here for (name, *_), here in found.items()}
+
+
+@pytest.mark.slow
+def test_the_wheel_needs_nothing_but_what_it_declares(wheel, tmp_path):
+    """All its modules are imported in an environment that holds the wheel and what its metadata ask for, no more."""
+    pytest.importorskip("packaging")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (asked,) = site.glob("*.dist-info/METADATA")
+    needs = message_from_string(asked.read_text()).get_all("Requires-Dist")
+    declared = closure([text for text in needs if "extra ==" not in text])
+    assert "torch" in declared and "pytest" not in declared and "transformers" not in declared
+    for one in declared.values():
+        for top in {Path(file).parts[0] for file in one.files if ".." not in Path(file).parts}:
+            place = site / top
+            if not place.exists():
+                place.symlink_to(Path(one.locate_file(top)))
+    files = [
+        p.relative_to(ROOT) for top in ("nanochat", "scripts", "tasks") for p in sorted((ROOT / top).rglob("*.py"))
+    ]
+    modules = [".".join(p.with_suffix("").parts) for p in files if p.stem not in ("__init__", "modeling_nanochat_gpt")]
+    code = f"import sys, importlib; sys.path.append({str(site)!r}); [importlib.import_module(m) for m in {modules!r}]"
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-S", "-I", "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_version_and_changelog_agree():
