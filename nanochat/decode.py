@@ -43,8 +43,9 @@ class Batch:
         self.positions.append(position)
         self.owners.append(pages)
 
-    def extend(self, ids: list[int], start: int, count: int) -> None:
+    def extend(self, pages: Pages, ids: list[int], start: int, count: int) -> None:
         """The count tokens of ids from `start` on."""
+        self.owners += [pages] * count
         self.ids += ids[start : start + count]
         self.previous += ids[start - 1 : start + count - 1] if start else [-1, *ids[: count - 1]]
         self.positions += range(start, start + count)

@@ -259,7 +259,7 @@ class Engine:
         batch, spans, wanted, ends, laws = Batch(), [], [], [], []
         for sequence, count in plan.chunks:
             start = sequence.pages.length
-            batch.extend(sequence.ids, start, count)
+            batch.extend(sequence.pages, sequence.ids, start, count)
             spans.append((sequence.pages, start, count))
             if sequence.sampling.prompt_logprobs and len(sequence.prompt.law) < len(sequence.prompt.ids) - 1:
                 laws.append((sequence, start, len(wanted), count))
@@ -268,7 +268,10 @@ class Engine:
                 wanted.append(len(batch.ids) - 1)
             if count == sequence.pending:
                 ends.append(len(wanted) - 1)
-        logits = self.runner(batch, Chunks(self.cache, self.model.attend, spans), wanted)
+        if isinstance(self.decoder, native.Native) and len(batch.ids) <= native.SHORT_READ:
+            logits = self.decoder(batch, wanted)
+        else:
+            logits = self.runner(batch, Chunks(self.cache, self.model.attend, spans), wanted)
         self.forwards += 1
         for sequence, count in plan.chunks:
             sequence.pages.advance(sequence.ids, sequence.pages.length + count)

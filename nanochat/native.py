@@ -20,6 +20,7 @@ from nanochat.runtime import prefer_huge_pages
 from nanochat.sampling import MIN_TEMPERATURE, Sampling
 
 LINE = 64  # bytes: what a processor's cache moves at once
+SHORT_READ = 64  # tokens of prompts up to which C reads them too: it looks at the cache token by token
 ROOM = 1 << 24  # bytes taken at a time for weights, so that small ones too lie on large pages
 
 
@@ -33,7 +34,7 @@ def find(runner, cache: KVCache) -> Native | None:
 
 
 class Native:
-    """Runs batches of single tokens. Call `forget` when the runner has been refreshed."""
+    """Runs batches of tokens, each seeing its sequence up to itself. Call `forget` after the runner's refresh."""
 
     def __init__(self, runner: Runner, cache: KVCache, kernels):
         self.runner, self.cache, self.kernels = runner, cache, kernels
@@ -99,8 +100,8 @@ class Native:
             first=float(self.runner.firsts[layer.index]), group=cache.groups[layer.index],
         )  # fmt: skip
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """fp32 logits (rows, V)."""
+    def __call__(self, batch: Batch, wanted: list[int] | None = None) -> torch.Tensor:
+        """fp32 logits (rows, V), or (len(wanted), V) of these rows."""
         step, rows = self.step, len(batch.ids)
         starts, pieces, longest = self._pieces(batch)
         held = [array("q", x) for x in (batch.ids, batch.previous, batch.positions, starts, pieces)]
@@ -110,6 +111,10 @@ class Native:
         if len(self.scratch) < need:
             self.scratch = torch.empty(need)
         step.scratch = self.scratch.data_ptr()
+        if wanted is not None:
+            held.append(array("q", wanted))
+            step.wanted_rows = rows = len(wanted)
+        step.wanted = None if wanted is None else held[-1].buffer_info()[0] or 1  # of nothing there is no address
         logits = torch.empty(rows, self.model.head.columns)
         step.logits = logits.data_ptr()
         self.library.forward(ctypes.byref(self.model), ctypes.byref(step))

@@ -18,29 +18,31 @@ from nanochat.sampling import Sampling
 
 
 @torch.inference_mode()
-def both(model, lengths, steps=3, way="rows", shared=0, size=4, int8=False):
+def both(model, lengths, steps=3, way="rows", shared=0, size=4, int8=False, parts=False):
     """Logits (steps, B, V) of the runner and of GPT.forward for rows that already hold `lengths` tokens.
 
     The first `shared` tokens are the same for all, and in the same blocks; size: tokens a block.
+    parts: the decoder has read them too.
     """
     random = torch.Generator().manual_seed(0)
     rows = [torch.randint(256, (length + steps,), generator=random) for length in lengths]
     runner, most = Runner(model, int8), model.config.sequence_len
     runner.refresh()
     cache = KVCache(model.config, runner.device, runner.dtype, max_len=most, rows=len(rows), size=size)
-    owners = []
+    decoder, owners = None, []
+    if way == "native":
+        decoder = native.find(runner, cache)
+        assert decoder, "the tests of the C need a compiler, such as gcc"
+        decoder.forget()
     for row, length in zip(rows, lengths):
         row[:shared] = rows[0][:shared]
         pages = cache.pages()
         start = pages.match(row[: length + 1].tolist())
         assert start >= (shared if owners else 0)
-        read(runner, cache, model, pages, row.tolist(), start, length)
+        read(runner, cache, model, pages, row.tolist(), start, length, decoder=decoder if parts else None)
         owners.append(pages)
-    decoder = StaticDecode(runner, cache, len(rows) + 3, graphs=False) if way == "static" else None
-    if way == "native":
-        decoder = native.find(runner, cache)
-        assert decoder, "the tests of the C need a compiler, such as gcc"
-        decoder.forget()
+    if way == "static":
+        decoder = StaticDecode(runner, cache, len(rows) + 3, graphs=False)
     fast, slow = [], []
     for step in range(steps):
         batch = Batch()
@@ -57,14 +59,17 @@ def both(model, lengths, steps=3, way="rows", shared=0, size=4, int8=False):
     return torch.stack(fast), torch.stack(slow)
 
 
-def read(runner, cache, model, pages, ids, start, stop, chunk=7):
-    """The tokens start to stop - 1 of ids into the pages."""
+def read(runner, cache, model, pages, ids, start, stop, chunk=7, decoder=None):
+    """The tokens start to stop - 1 of ids into the pages, by the decoder where one is given."""
     for first in range(start, stop, chunk):
         count = min(chunk, stop - first)
         assert pages.grow(first + count)
         batch = Batch()
-        batch.extend(ids, first, count)
-        runner(batch, Chunks(cache, model.attend, [(pages, first, count)]), [])
+        batch.extend(pages, ids, first, count)
+        if decoder:
+            assert decoder(batch, []).shape == (0, model.config.vocab_size)
+        else:
+            runner(batch, Chunks(cache, model.attend, [(pages, first, count)]), [])
         pages.advance(ids, first + count)
 
 

@@ -45,7 +45,7 @@ def script(path, text):
 
 @st.composite
 def cases(draw):
-    """A shape, rows of any lengths, the tokens that all begin with, threads."""
+    """A shape, rows of any lengths, the tokens that all begin with, tokens a block, threads, who reads."""
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 3))
     layers = draw(st.integers(1, 4))
@@ -57,16 +57,16 @@ def cases(draw):
     }  # fmt: skip
     size, shared = draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([0, 0, 16, 32]))
     lengths = draw(st.lists(st.integers(shared, 58), min_size=1, max_size=20))
-    return shape, lengths, shared, size, draw(st.integers(1, 3))
+    return shape, lengths, shared, size, draw(st.integers(1, 3)), draw(st.booleans())
 
 
 def check(case):
     """The C's logits are those of GPT.forward."""
-    shape, lengths, shared, size, threads = case
+    shape, lengths, shared, size, threads, parts = case
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        fast, slow = both(tiny_gpt(1, **shape), lengths, steps=2, way="native", shared=shared, size=size)
+        fast, slow = both(tiny_gpt(1, **shape), lengths, steps=2, way="native", shared=shared, size=size, parts=parts)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
@@ -88,7 +88,8 @@ def test_other_vectors_compute_the_same(flags, tmp_path, monkeypatch):
     assert library.panel_columns() == (16 if flags else 8)
     monkeypatch.setattr(cpu_forward, "library", lambda: library)
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
-        check(({"n_embd": 40}, [11] * rows, 0, 4, 2))
+        check(({"n_embd": 40}, [11] * rows, 0, 4, 2, False))
+    check_int8()
 
 
 def test_long_rows_and_a_wide_model():
@@ -115,11 +116,16 @@ def test_nan_is_not_hidden_and_stays_in_its_row():
     assert len(sequences) == 2 and seen[0][0].isnan().all() and seen[0][1].isfinite().all()
 
 
-def test_int8_equals_torch_with_the_same_rounded_weights():
+def check_int8():
+    """The C's logits with 8-bit weights are torch's with the same rounded weights."""
     lengths = [20, 3, 30, 9, 1]  # more rows than INT8_ROWS: torch computes in fp32 with rounded weights
     fast, _ = both(tiny_gpt(n_embd=64), lengths, int8=True, way="native")
     slow, _ = both(tiny_gpt(n_embd=64), lengths, int8=True)
     torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
+
+
+def test_int8_equals_torch_with_the_same_rounded_weights():
+    check_int8()
 
 
 def test_only_what_c_can_compute_is_given_to_it():
@@ -149,7 +155,7 @@ sys.path.insert(0, "tests")
 import torch
 from test_native import check
 torch.get_num_threads = lambda: 3  # for us; torch itself has one, as its threads do not survive a fork
-case = {}, [5, 9, 30], 0, 4, 1
+case = {}, [5, 9, 30], 0, 4, 1, True
 check(case)
 child = os.fork()
 check(case)

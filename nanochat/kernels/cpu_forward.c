@@ -35,7 +35,7 @@ typedef struct {
     int64_t rows, threads, longest; /* longest: most tokens that a row sees */
     const int64_t *ids, *previous, *positions; /* (N) each; previous -1: none */
     const int64_t *starts, *pieces; /* (groups, N + 1) and (start, stop): where in the cache lies what a row sees */
-    const int64_t *wanted;          /* rows that get logits, or NULL: all */
+    const int64_t *wanted;          /* rows that get logits, or NULL: all; there may be none */
     int64_t wanted_rows;
     float *logits, *scratch;
 } Step;
@@ -263,6 +263,7 @@ static void work(const void *argument, int thread, int threads) {
         x = job->y;
         meet(threads);
     }
+    if (!rows) return;
     float *scales = job->own + thread * job->own_size;
     norms(job, x, rows, scales);
     Fate logits = {.how = CAPPED, .scales = scales, .y = s->logits, .line = m->head.columns, .cap = m->softcap};

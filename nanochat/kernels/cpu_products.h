@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -117,7 +120,14 @@ typedef struct {
 
 INLINE vec weights(const void *panel, int64_t at, int whole) {
     if (!whole) return load((const float *)panel + at);
-    return __builtin_convertvector(*(const bytes *)((const int8_t *)panel + at), vec);
+    const int8_t *from = (const int8_t *)panel + at;
+#if LANES == 16 /* by name: compilers make dozens of instructions of the plain conversion */
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
+#elif LANES == 8 && defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)from)));
+#else
+    return __builtin_convertvector(*(const bytes *)from, vec);
+#endif
 }
 
 /* sums (rows, 2) of rows of x with a panel; `ahead`: memory that will be read next, `stride` bytes of it a step */
