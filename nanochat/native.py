@@ -20,7 +20,7 @@ from nanochat.runtime import prefer_huge_pages
 from nanochat.sampling import MIN_TEMPERATURE, Sampling
 
 LINE = 64  # bytes: what a processor's cache moves at once
-SHORT_READ = 64  # tokens of prompts up to which C reads them too: it looks at the cache token by token
+SHORT_READ = 64  # tokens of prompts up to which C reads them too (behind 200 others: 5.7 ms, torch 6.5; 256: 20, 15)
 ROOM = 1 << 24  # bytes taken at a time for weights, so that small ones too lie on large pages
 
 
