@@ -6,7 +6,7 @@
 # machine                   what runs                                                     time      source
 # 8 or more big GPUs        depth 24, fp8, ClimbMix, ratio 8: GPT-2 grade (CORE 0.2565)   ~100 min  published figure
 # 1 to 7 GPUs               the largest depth that fits memory and an evening (--hours)   ~5 h      scripts.plan
-# CPU or MPS, no GPU        the pocket run: depth 4 on the embedded corpus, no download   ~10 min   dev/bench/
+# CPU or MPS, no GPU        the pocket run: depth 4 on the embedded corpus, no download   ~11 min   dev/bench/
 #
 # POCKET=1 forces the pocket run; WANDB_RUN=name logs to wandb; NANOCHAT_BASE_DIR says where everything goes.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
