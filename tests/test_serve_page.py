@@ -1,5 +1,6 @@
 """The page in a headless Chromium: what people do with it, what an attacker tries, keyboard, phone, accessibility."""
 
+import json
 import shutil
 
 import pytest
@@ -79,11 +80,13 @@ def test_it_talks_stops_regenerates_edits_and_remembers_pitfall_33(browser):
         page.click("text=Certainty")
         assert page.locator(".token").count() == 0 and page.locator(".step").count() == 1
 
+        rig.engine.model.seconds = 0.5  # half a minute for all of it
         user.say("second")
         until(lambda: page.locator("article").count() == 4 and user.last().inner_text())
         page.keyboard.press("Escape")
         user.settled(4)
-        until(lambda: rig.load == 0, 2)
+        rig.engine.model.seconds = 0.02
+        until(lambda: rig.load == 0)
         assert "stopped" in page.inner_text("article:last-of-type .note")
         page.locator("text=Regenerate").last.click()
         user.settled(4)
@@ -109,6 +112,100 @@ def test_it_talks_stops_regenerates_edits_and_remembers_pitfall_33(browser):
         user.settled(6)
         user.faults = [fault for fault in user.faults if "500" not in fault]  # Chromium reports the refusal
         user.close()
+
+
+@pytest.mark.slow
+def test_a_reply_that_fails_half_way_is_asked_for_again(browser):
+    with serving("abcdefghijklmnopqrstuvwxyz.", seconds=0.5, max_tokens=200) as rig:
+        user = Page(browser, rig)
+        page, model = user.page, rig.engine.model
+        page.click("text=Who are you?")  # one of the beginnings that an empty page offers
+        until(lambda: "abc" in user.last().inner_text())
+        model.fail = True
+        page.wait_for_selector("text=The model failed")
+        assert "interrupted" in page.inner_text("article.assistant .note")
+        model.fail, model.seconds = False, 0.0
+        page.click("text=Try again")
+        user.settled(2)  # in place of what had failed, not after it
+        assert user.last().inner_text() == "abcdefghijklmnopqrstuvwxyz"
+        asked = [{"role": "user", "content": "hi"}]
+        page.evaluate("chat => localStorage.setItem('nanochat.chat.x', JSON.stringify(chat))",
+                      {"id": "x", "updated": 9e15, "messages": asked})  # fmt: skip
+        page.goto(rig.url + "/#x")
+        page.reload()  # a chat that was left before it was answered
+        page.click("text=Ask again")
+        user.settled(2)
+        assert user.last().inner_text().startswith("abc") and page.locator("text=No reply yet").count() == 0
+        user.close()
+
+
+FETCH = """async text => {
+  const { reply } = await import("/ui/server.js");
+  const pieces = [...new TextEncoder().encode(text)].map((byte) => new Uint8Array([byte]));
+  const body = new ReadableStream({ start(c) { pieces.forEach((piece) => c.enqueue(piece)); c.close(); } });
+  window.fetch = async () => new Response(body);
+  const seen = [];
+  try {
+    for await (const event of reply({ messages: [] }, "")) seen.push(event);
+  } catch (error) { seen.push(error.message); }
+  return seen;
+}"""
+
+
+@pytest.mark.slow
+def test_events_that_come_byte_by_byte_are_whole_and_a_broken_one_is_told_pitfall_33(browser):
+    with serving("hey.") as rig:
+        user = Page(browser, rig)
+        token, done = {"token": "é😀"}, {"done": True, "dropped": 0}
+        stream = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in (token, done))
+        assert user.page.evaluate(FETCH, stream) == [token, done]
+        assert user.page.evaluate(FETCH, stream.split('data: {"done')[0]) == [token, "The connection was lost."]
+        assert user.page.evaluate(FETCH, "data: {no JSON\n\n") == ["The connection was lost."]
+        user.close()
+
+
+SLOW_END = """() => {
+  const real = window.fetch, text = new TextEncoder();
+  const parts = [{ type: "text", text: "hey" }];
+  async function start(c) {
+    const say = (event) => c.enqueue(text.encode("data: " + JSON.stringify(event) + "\\n\\n"));
+    say({ token: "hey", gpu: 0 });
+    await new Promise((done) => setTimeout(done, 1100));
+    say({ done: true, finish: "length", tokens: 1, parts, dropped: 0 });
+    c.close();
+  }
+  window.fetch = async (path, more) =>
+    path === "/chat/completions" ? new Response(new ReadableStream({ start })) : real(path, more);
+}"""
+
+
+@pytest.mark.slow
+def test_a_reply_that_was_saved_while_it_grew_is_no_interrupted_one(browser):
+    with serving("hey.") as rig:
+        user = Page(browser, rig)
+        user.page.evaluate(SLOW_END)  # longer than a second, after which what there is gets saved
+        user.say("hi")
+        user.settled(2)
+        assert user.page.inner_text("article.assistant .note") == "cut at the limit"
+        user.close()
+
+
+@pytest.mark.slow
+def test_chats_outlive_the_server(browser):
+    with serving("hey.") as rig:
+        user = Page(browser, rig)
+        page, port = user.page, int(rig.url.rsplit(":", 1)[1])
+        user.say("apples")
+        user.settled(2)
+    user.say("pears")
+    page.wait_for_selector("text=The server can't be reached")
+    with serving("hey.", port=port) as rig:
+        page.click("text=Try again")
+        user.settled(4)
+        page.reload()
+        user.settled(4)
+        assert page.locator("article.user .body").all_inner_texts() == ["apples", "pears"]
+    user.context.close()  # its console reports the connection that was refused
 
 
 @pytest.mark.slow

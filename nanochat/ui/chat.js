@@ -10,6 +10,7 @@ const $ = (id) => document.getElementById(id);
 const log = $("log"), words = $("words"), send = $("send");
 const tokens = new WeakMap();           // message -> token records; for this visit only, they are large
 const made = new WeakMap();             // message -> its blocks of HTML
+const STARTS = ["What is 84 * 37?", "Why is the sky blue?", "Who are you?"];
 let chat = store.blank();
 let running = null;                     // {control, home} of the reply being made
 let pinned = true;                      // follow the reply unless the reader scrolled up
@@ -111,12 +112,18 @@ function paint(body, message) {
 function show(toEnd = true) {
   log.replaceChildren();
   if (!chat.messages.length) {
+    const starts = STARTS.map((text) => view.button(text, () => { words.value = text; submit(); }, { className: "" }));
     log.append(view.make("div", { className: "empty" }, view.make("p", { textContent: "Say hello to your own model." }),
+      view.make("div", { className: "row starts" }, ...starts),
       view.make("p", { className: "hint", textContent: "Press ? for the shortcuts." })));
   }
   const articles = chat.messages.map((message) => view.bubble(message, act));
   log.append(...articles);
   chat.messages.forEach((message, i) => { if (made.has(message)) paint(articles[i].querySelector(".body"), message); });
+  const last = chat.messages[chat.messages.length - 1];
+  if (last && last.role === "user") {     // its reply failed, or the page was left before one came
+    log.append(view.make("p", { className: "hint unanswered" }, "No reply yet. ", view.button("Ask again", retryLast, { className: "" })));
+  }
   list();
   down(toEnd);
   renderOld();
@@ -169,19 +176,20 @@ async function answer() {
   const message = { role: "assistant", content: "", parts: [] };
   const article = view.bubble(message, act), live = new Live(message, article);
   article.setAttribute("aria-busy", "true");
+  log.querySelectorAll(".unanswered, .trouble").forEach((box) => box.remove());
   log.append(article);
   down(true); busy(true); status("nanochat is writing");
   let failed = null;
   try {
     for await (const event of server.reply(chat, $("model").value, turn.control.signal)) {
       live.take(event);
-      if (live.due()) { message.note = "interrupted"; keep(turn.home, message); store.save(turn.home); }
+      if (!event.done && live.due()) { message.note = "interrupted"; keep(turn.home, message); store.save(turn.home); }
       down();
     }
     failed = live.failed;
   } catch (error) {
     if (error.name === "AbortError") message.note = "stopped";
-    else failed = error;
+    else { failed = error; message.note = "interrupted"; }
   }
   if (running === turn) { running = null; busy(false); }
   live.end();
@@ -246,6 +254,7 @@ class Live {
     if (event.parts.length) message.parts = event.parts;
     if (event.finish === "length") notes.push("cut at the limit");
     if (event.finish === "deadline") notes.push("cut: it took too long");
+    if (event.finish === "error" || event.finish === "closing") notes.push("interrupted");
     if (event.finish === "error") this.failed = new server.ServerError("The model failed.");
     if (event.finish === "closing") this.failed = new server.ServerError("The server is closing.");
     if (event.dropped) notes.push("the oldest " + event.dropped + " messages no longer fit");
@@ -271,8 +280,15 @@ class Live {
   }
 }
 
+// Ask once more; what a failed reply had said is put aside.
+function retryLast() {
+  const last = chat.messages[chat.messages.length - 1];
+  if (last && last.role === "assistant") chat.messages.pop();
+  show(); answer();
+}
+
 function trouble(error) {
-  const retry = view.button("Try again", () => { show(); answer(); }, { className: "" });
+  const retry = view.button("Try again", retryLast, { className: "" });
   const box = view.make("div", { className: "trouble", role: "alert" }, view.make("span", { textContent: error.message }), retry);
   log.append(box);
   if (error.seconds) {                  // the server said when to come back
