@@ -1,6 +1,5 @@
 """What the documents say is true: the tree, every command's flags, every path."""
 
-import contextlib
 import dataclasses
 import importlib
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from nanochat import cli, dataset, record, tools
-from nanochat.errors import UserError
 from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft, series, tree
 from tasks.customjson import CustomJSON
 
@@ -70,92 +68,6 @@ def test_the_parser_of_commands_sees_flags():
     assert module == "scripts.base_train" and values(flags) == ["--depth=12", "--run=d12"]
     with pytest.raises(SystemExit):
         cli.parse(importlib.import_module(module).Config, ["--seq-len=3"])
-
-
-# -- code blocks of documents ------------------------------------------------------------------------------------------
-
-KNOWN = {  # programs that a document may name besides ours
-    "apt", "cd", "cp", "docker", "export", "git", "mkdir", "nvidia-smi", "pip", "pytest", "rsync", "sbatch", "scancel",
-    "scp", "sky", "source", "squeue", "ssh", "tail", "tmux", "uv",
-}  # fmt: skip
-OURS = re.compile(r"^(?:nanochat|scripts|tasks|runs|tests|dev|docs|visualize|\.claude)/[\w./-]+$")
-RUN = ("scripts.plan", "scripts.rent", "scripts.explain")  # quick and harmless: really run, not only parsed
-
-
-def statements(text):
-    """Every single command of the ```bash blocks of a document, as words; pipes and && part them, variables are 12."""
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-            line = line.replace("$ARGUMENTS", "gpt")
-            line = re.sub(r"\$\{?\w+\}?", "12", line)
-            lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
-            lexer.whitespace_split = True
-            words = []
-            for word in [*lexer, ";"]:
-                if set(word) <= set("|&;"):
-                    while words and re.match(r"^[A-Z_]+=", words[0]):  # VARIABLE=value in front
-                        words.pop(0)
-                    if words:
-                        yield words
-                    words = []
-                else:
-                    words.append(word)
-
-
-def target(words):
-    """(module, its arguments) of a command that runs one of our modules, else None."""
-    if words[0] not in ("python", "python3", "torchrun") or "-m" not in words:
-        return None
-    at = words.index("-m") + 1
-    return words[at], [word for word in words[at + 1 :] if word != "--"]
-
-
-def check_statement(words, where):
-    """Assert that a documented command exists: a known program, a module with these flags, paths that are there."""
-    for word in words:
-        if OURS.match(word):
-            assert (ROOT / word).exists(), f"{where} names {word}"
-    if words[0] == "bash":
-        assert (ROOT / words[1]).exists(), f"{where}: {words[1]}"
-    elif found := target(words):
-        module, arguments = found
-        if module.split(".")[0] in ("scripts", "nanochat"):
-            assert dataclasses.is_dataclass(cli.parse(config_of(module), arguments)), f"{where}: {module} {arguments}"
-        else:
-            assert module in ("pip", "venv", "pytest"), f"{where}: python -m {module}"
-    else:
-        assert words[0] in KNOWN, f"{where}: what is {words[0]}?"
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_every_fenced_command_exists(path):
-    for words in statements(path.read_text(encoding="utf-8")):
-        check_statement(words, path.name)
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_harmless_commands_really_run(path, base_dir, capsys):
-    for words in statements(path.read_text(encoding="utf-8")):
-        module, arguments = target(words) or ("", [])
-        if module in RUN:
-            script = importlib.import_module(module)
-            with contextlib.suppress(UserError) if "--hours=5" in arguments else contextlib.nullcontext():
-                script.main(cli.parse(script.Config, arguments))  # with --hours it needs a GPU's name or a GPU
-            capsys.readouterr()
-
-
-def test_a_wrong_command_is_caught():
-    block = "```bash\n{}\n```"
-    for wrong in ("python -m scripts.base_train --seq-len=3", "bash runs/no_such.sh", "python -m scripts.no_such",
-                  "frobnicate now", "cp docs/no_such.md x", "torchrun --nproc_per_node=8 -m scripts.chat_sft -- --lr=1",
-                  "cd x && python -m scripts.plan --dept=3"):  # fmt: skip
-        with pytest.raises((AssertionError, SystemExit, ModuleNotFoundError)):
-            for words in statements(block.format(wrong)):
-                check_statement(words, "test")
-    good = "OMP_NUM_THREADS=2 python -m scripts.base_train --depth=4 | tail -n 3  # words"
-    assert list(statements(block.format(good))) == [
-        ["python", "-m", "scripts.base_train", "--depth=4"], ["tail", "-n", "3"]
-    ]  # fmt: skip
 
 
 def python_blocks(name):
