@@ -87,14 +87,19 @@ class View:
         self.out = sys.stdout
         self.history = History()
         self.line, self.shown, self.open = "", False, False
+        self.guest = False  # in the terminal of rank 0
         self.first: tuple[float, float] | None = None  # when the first step had ended, and the share done by then
         self.drawn_at = -math.inf
         self.taken: list[tuple[str, Any, Above]] = []  # streams of the terminal: name, what it was, what it is
 
     def __enter__(self) -> "View":
-        """Take the terminal's streams over, and those log handlers that keep the stream they began with."""
-        if self.log.main and wanted():
-            self.out, self.log.view = sys.stdout, self
+        """Take the terminal's streams over, and those log handlers that keep the stream they began with.
+
+        Other ranks than 0 have no line, but share its terminal: what they write empties the line first.
+        """
+        if wanted():
+            self.out, self.guest = sys.stdout, not self.log.main
+            self.log.view = None if self.guest else self
             streams = [(name, getattr(sys, name)) for name in ("stdout", "stderr")]
             self.taken = [(name, old, Above(old, self)) for name, old in streams if old is not None and old.isatty()]
         for name, old, new in self.taken:
@@ -119,6 +124,7 @@ class View:
     def show(self, done: float, values: dict[str, Any]) -> None:
         """A step has ended: `done` of the run (0 to 1), and what its row in the record says."""
         now, name = time.monotonic(), "loss" if "loss" in values else "reward"
+        done = min(max(done, 0.0), 1.0)  # an epoch ends a few conversations late
         value = values.get(f"smooth_{name}", values.get(name))
         pace, seconds = values.get("tokens_per_second"), values.get("seconds")
         speed = f"{pace:,.0f} tok/s" if pace else f"{seconds:.1f} s a step" if seconds else ""
@@ -143,13 +149,13 @@ class View:
         columns = shutil.get_terminal_size().columns - 1
         text = " | ".join(parts)
         wide = min(WIDEST, columns - len(text) - 9)
-        full = round(wide * min(max(done, 0), 1))
+        full = round(wide * done)
         bar = f"{'█' * full}{'░' * (wide - full)} " if wide > 3 else ""
         return f"{100 * done:4.0f} % {bar}{text}"[:columns]
 
     def hide(self) -> None:
         """Empty the line, for other text to stand there."""
-        if self.shown:
+        if self.shown or self.guest and not self.open:
             self.out.write(CLEAR)
             self.out.flush()
             self.shown = False

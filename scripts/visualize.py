@@ -33,6 +33,7 @@ BROWSERS = (
     "chrome",
 )
 OLDEST_NODE = 18
+PATIENCE = 60.0  # seconds for a program to say its version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,14 @@ class Config:
 
 
 def ask(*command: str) -> str:
-    """What a program says of itself, first line; empty if it is missing or fails."""
+    """What a program says of itself, first line; empty if it is missing or fails. UserError: it does not answer."""
     if shutil.which(command[0]) is None:
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired as error:
+        text = f"`{' '.join(command)}` has not answered for {PATIENCE:g} s: run this again on a quieter machine."
+        raise UserError(text) from error
     return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
 
 
@@ -117,8 +122,9 @@ def command(cfg: Config, name: str, bundle: Path, props: Path, target: Path, bro
     """The Remotion command that renders a composition."""
     kind = ["still"] if cfg.render == "still" else ["render"]
     frame = [f"--frame={cfg.frame}"] if cfg.render == "still" else []
+    patience = f"--timeout={1000 * cfg.timeout:.0f}"  # or the browser has 30 s to start, too few on a busy machine
     return ["npx", "--no-install", "remotion", *kind, str(bundle), name, str(target), f"--props={props}",
-            f"--browser-executable={browser}", "--log=error", *frame]  # fmt: skip
+            f"--browser-executable={browser}", "--log=error", patience, *frame]  # fmt: skip
 
 
 def run(words: list[str], timeout: float) -> None:

@@ -64,6 +64,22 @@ def test_what_is_said_scrolls_above_and_no_line_is_broken(terminal, tmp_path, mo
     assert [row["step"] for row in record.read(log.path) if row["kind"] == "step"] == list(range(20))
 
 
+def test_what_another_rank_says_in_the_same_terminal_breaks_no_line(terminal, tmp_path, monkeypatch):
+    terminal = terminal()
+    log, other = new_record(tmp_path), record.Record(tmp_path / "record.jsonl", stage="base", config={}, main=False)
+    with log, live.View(log):
+        line = sys.stdout
+        log.step(0, done=0.5, loss=1.0)
+        monkeypatch.setattr(sys, "stdout", terminal.streams[0])  # as in the other rank's process
+        with other, live.View(other):
+            other.step(0, "a line a step, of rank 0 only", done=0.5, loss=1.0)
+            print("a warning of rank 1,", "in parts")
+        monkeypatch.setattr(sys, "stdout", line)
+        log.step(1, done=1.0, loss=1.0)
+    warning, last, end = terminal.close()
+    assert warning == "a warning of rank 1, in parts" and last.startswith(" 100 %") and end == ""
+
+
 def test_an_unfinished_line_of_another_is_left_alone(terminal, tmp_path):
     terminal = terminal()
     log = new_record(tmp_path)
@@ -134,4 +150,6 @@ def test_time_left_is_by_the_pace_after_the_first_step(terminal, tmp_path, monke
     for done in (0.5, 0.6, 0.7):
         view.show(done, {"reward": 0.25})
     assert view.line.endswith("reward 0.2500 ▁▁▁ | 30 s left"), view.line
+    view.show(1.004, {"reward": 0.25})
+    assert view.line.startswith(" 100 %") and view.line.endswith("reward 0.2500 ▁▁▁▁")
     assert [live.duration(t) for t in (42, 99.4, 720, 11_100)] == ["42 s", "99 s", "12 min", "3 h 05 min"]

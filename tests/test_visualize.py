@@ -139,9 +139,20 @@ def test_the_command_is_the_one_remotion_documents(tmp_path):
     cfg = visualize.Config(render="still", frame=7)
     words = visualize.command(cfg, "TrainingLoss", tmp_path, tmp_path / "p.json", tmp_path / "o.png", "/b/chromium")
     assert words[3:7] == ["still", str(tmp_path), "TrainingLoss", str(tmp_path / "o.png")]
-    assert {f"--props={tmp_path / 'p.json'}", "--browser-executable=/b/chromium", "--frame=7"} <= set(words)
+    assert {
+        f"--props={tmp_path / 'p.json'}",
+        "--browser-executable=/b/chromium",
+        "--frame=7",
+        "--timeout=600000",
+    } <= set(words)
     video = visualize.command(visualize.Config(render="video"), "TrainingLoss", tmp_path, tmp_path, tmp_path, "b")
     assert video[3] == "render" and not any(word.startswith("--frame") for word in video)
+
+
+def test_a_program_that_does_not_answer_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(visualize, "PATIENCE", 0.01)
+    with pytest.raises(UserError, match="`sleep 9` has not answered for 0.01 s: run this again"):
+        visualize.ask("sleep", "9")
 
 
 def test_props_that_are_not_there_are_named(tmp_path):
@@ -150,6 +161,7 @@ def test_props_that_are_not_there_are_named(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a bundle and a browser: 20 s, minutes where the machine is busy
 def test_a_still_is_rendered_by_chromium(written, tmp_path):
     problems = visualize.missing(visualize.find_browser(""))
     if problems:
