@@ -190,6 +190,7 @@ RUN = (  # programs that only look, or write what a test can throw away
     "scripts.inspect_hang", "scripts.plan", "scripts.preflight", "scripts.rent", "scripts.report", "scripts.series",
     "scripts.verify_data", "scripts.visualize_data",
 )  # fmt: skip
+LONG = ("scripts.export", "scripts.report", "scripts.visualize_data")  # draw, or load other libraries: seconds
 NOT_RUN = {  # of those, commands that need what no test has
     ("scripts.checkpoints", "convert"): "a checkpoint of the published code (test_checkpoints)",
     ("scripts.doctor", "--network"): "the network",
@@ -210,7 +211,11 @@ def runnable():
             module, arguments = target(words) or ("", [])
             if module in RUN and not any(module == m and flag in arguments for m, flag in NOT_RUN):
                 found.setdefault((module, *arguments), path.name)
-    return [pytest.param(*key[:1], key[1:], id=f"{name}: {' '.join(key)}"[:90]) for key, name in found.items()]
+    slow = {key: [pytest.mark.slow] if key[0] in LONG else [] for key in found}
+    return [
+        pytest.param(key[0], key[1:], id=f"{name}: {' '.join(key)}"[:90], marks=slow[key])
+        for key, name in found.items()
+    ]
 
 
 @pytest.fixture(scope="module")
