@@ -13,8 +13,10 @@ Remotion is free for individuals, non-profit organisations and companies of up t
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -128,13 +130,20 @@ def command(cfg: Config, name: str, bundle: Path, props: Path, target: Path, bro
 
 
 def run(words: list[str], timeout: float) -> None:
-    """Run a Remotion command in the project. UserError: it failed or took too long."""
+    """Run a Remotion command in the project. UserError: it failed or took too long, then nothing of it goes on."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, cwd=PROJECT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
-        done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"`{' '.join(words[:5])}` took more than {timeout:.0f} s: raise --timeout.") from error
-    if done.returncode:
-        raise UserError(f"`{' '.join(words[:5])}` failed: {(done.stderr or done.stdout).strip()[-600:]}")
+        out, err = process.communicate(timeout=timeout)
+    except BaseException as error:  # Ctrl-C too: npx has started node, and node the browser
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            text = f"`{' '.join(words[:5])}` took more than {timeout:.0f} s: raise --timeout."
+            raise UserError(text) from error
+        raise
+    if process.returncode:
+        raise UserError(f"`{' '.join(words[:5])}` failed: {(err or out).strip()[-600:]}")
 
 
 def render(cfg: Config, browser: str) -> list[str]:

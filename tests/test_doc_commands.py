@@ -45,7 +45,8 @@ def code(text):
 def usage(path):
     """The commands in a script's docstring: lines that are set in, with what continues them."""
     text = re.sub(r"\\\n\s*", " ", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
-    return re.findall(r"^ *((?:[A-Z_]+=\S+ )*(?:python -m|torchrun -|bash ).*)$", text, re.MULTILINE)
+    found = re.findall(r"^ *((?:[A-Z_]+=\S+ )*(?:python -m|torchrun -|bash ).*)$", text, re.MULTILINE)
+    return [line.removesuffix("'") if line.count("'") == 1 else line for line in found]  # the end of bash -c '...'
 
 
 def statements(lines):
@@ -211,11 +212,9 @@ def runnable():
             module, arguments = target(words) or ("", [])
             if module in RUN and not any(module == m and flag in arguments for m, flag in NOT_RUN):
                 found.setdefault((module, *arguments), path.name)
-    slow = {key: [pytest.mark.slow] if key[0] in LONG else [] for key in found}
-    return [
-        pytest.param(key[0], key[1:], id=f"{name}: {' '.join(key)}"[:90], marks=slow[key])
-        for key, name in found.items()
-    ]
+    slow = {module: [pytest.mark.slow] for module in LONG}
+    names = {key: f"{name}: {' '.join(key)}"[:90] for key, name in found.items()}
+    return [pytest.param(key[0], key[1:], id=names[key], marks=slow.get(key[0], [])) for key in found]
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +225,11 @@ def artefacts(tmp_path_factory):
         patch.setenv("NANOCHAT_BASE_DIR", str(top / "base"))
         patch.setitem(TOKENIZER.meta, "dataset", {"dataset": "tinyworld"})
         for source, folder in (("base", "base"), ("sft", "chatsft"), ("rl", "chatrl")):
-            for tag in TAGS:
-                save_checkpoint(source, tag=tag, step=300)
-                write_record(top / "base" / f"{folder}_checkpoints" / tag / "record.jsonl", source)
+            root = top / "base" / f"{folder}_checkpoints"
+            save_checkpoint(source, tag=TAGS[0], step=300)
+            write_record(root / TAGS[0] / "record.jsonl", source)
+            for tag in TAGS[1:]:
+                shutil.copytree(root / TAGS[0], root / tag)
     for folder in ("shards", "FOLDER"):
         (top / folder).mkdir()
         for i in range(2):
@@ -243,7 +244,7 @@ def artefacts(tmp_path_factory):
 
 def write_record(path, stage):
     """The record of a short run that has ended."""
-    log = record.Record(path, stage=stage, config={"model_tag": path.parent.name})
+    log = record.Record(path, stage=stage, config={})
     config = {"n_layer": 3, "n_embd": 32, "vocab_size": 265}
     log.event("plan", plan={"config": config, "parameters": {"total": 9, "scaling": 5}, "batch": 8, "iterations": 40,
                             "tokens": 320, "flops": 1e9})  # fmt: skip

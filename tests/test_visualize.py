@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -153,6 +156,27 @@ def test_a_program_that_does_not_answer_is_a_sentence(monkeypatch):
     monkeypatch.setattr(visualize, "PATIENCE", 0.01)
     with pytest.raises(UserError, match="`sleep 9` has not answered for 0.01 s: run this again"):
         visualize.ask("sleep", "9")
+
+
+def test_what_takes_too_long_is_ended_with_all_it_has_started(tmp_path, monkeypatch):
+    file, real = tmp_path / "pid", subprocess.Popen.communicate
+
+    def communicate(process, timeout=None):
+        if timeout is None:
+            return real(process)
+        while not (file.exists() and file.read_text().endswith("\n")):
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(UserError, match="took more than 5 s: raise --timeout"):
+        visualize.run(["sh", "-c", f"sleep 600 & echo $! > {file}; wait"], 5.0)
+    monkeypatch.undo()
+    started = int(file.read_text())
+    while psutil.pid_exists(started) and psutil.Process(started).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)  # for ever, if it goes on: the suite's time limit
+    with pytest.raises(UserError, match="`sh -c echo no; exit 3` failed: no"):
+        visualize.run(["sh", "-c", "echo no; exit 3"], 600.0)
 
 
 def test_props_that_are_not_there_are_named(tmp_path):
