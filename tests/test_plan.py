@@ -99,4 +99,4 @@ def test_table_plot_and_json(base_dir, tmp_path, capsys):
 def test_the_memory_plan_of_a_small_model_is_near_its_measured_peak():
     """The bench's own way, in a fresh process; the bars are measured by scripts/bench_memory.py."""
     row = bench_memory.spawn(bench_memory.Config(), (4, 4, 4, 4096, 256, 8, 1, "float32"))
-    assert row["plan"]["total"] / row["peak"] == pytest.approx(1, abs=0.25)
+    assert max(parts["total"] for parts in row["plan"].values()) / row["peak"] == pytest.approx(1, abs=0.25)
