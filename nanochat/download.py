@@ -160,19 +160,24 @@ def _fetch_all(
     """Fetch with `workers` threads, keeping the manifest and the bar up to date; returns {failed name: reason}."""
     failed: dict[str, str] = {}
     in_a_row = 0
+
+    def attempt(name: str) -> dict:
+        nonlocal in_a_row
+        if in_a_row >= GIVE_UP:
+            return {"reason": "not tried after so many failures"}
+        entry = hub.shard(folder, name)
+        in_a_row = in_a_row + 1 if "reason" in entry else 0
+        return entry
+
     with ThreadPoolExecutor(workers) as pool, _bar(len(names), progress) as bar:
-        jobs = {pool.submit(hub.shard, folder, name): name for name in names}
+        jobs = {pool.submit(attempt, name): name for name in names}
         try:
             for job in _as_done(jobs, bar, hub):
                 entry = job.result()
-                in_a_row = in_a_row + 1 if "reason" in entry else 0
                 if "reason" in entry:
                     failed[jobs[job]] = entry["reason"]
                 else:
                     manifest["files"][jobs[job]] = entry
-                if in_a_row == GIVE_UP:
-                    waiting = [name for left, name in jobs.items() if left.cancel()]
-                    return failed | dict.fromkeys(waiting, "not tried after so many failures")
         finally:
             hub.stop.set()  # for Ctrl-C: transfers under way end within a chunk, what they got stays
             pool.shutdown(wait=True, cancel_futures=True)

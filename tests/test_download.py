@@ -215,8 +215,9 @@ def test_after_many_failures_in_a_row_the_rest_is_not_tried(hub, tmp_path, monke
     monkeypatch.setattr(download, "GIVE_UP", 2)
     for index in range(5):
         del hub.files[SOURCE.shard(index)]
-    with pytest.raises(UserError, match="not tried after so many failures"):
+    with pytest.raises(UserError, match="not tried after so many failures") as told:
         get(hub, tmp_path, 0, 1, 2, 3, 4, workers=1)
+    assert all(SOURCE.shard(index) in str(told.value) for index in range(5))  # those not tried are missing too
 
 
 def test_the_first_commit_is_kept_and_another_revision_refused(hub, tmp_path):
