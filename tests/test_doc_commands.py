@@ -255,6 +255,7 @@ def write_record(path, stage):
     log.close(seconds=4.0, val_bpb=1.5, tokens_per_second=80.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "arguments"), runnable())
 def test_a_command_that_only_looks_really_runs(module, arguments, artefacts, tmp_path, monkeypatch, capsys):
     shutil.copytree(artefacts, tmp_path / "here", symlinks=True)

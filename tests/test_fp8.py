@@ -85,6 +85,7 @@ def test_large_enough_matrices_of_the_blocks_are_converted():
     assert set(gpt.state_dict()) == set(model().state_dict())
 
 
+@pytest.mark.slow
 def test_a_converted_model_stays_close_and_learns():
     gpt = model(SMALL).to(DEVICE)
     ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(2)).to(DEVICE)

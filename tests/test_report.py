@@ -131,6 +131,7 @@ def strange(rows):
         yield [{key: ([1] if key == gone else value) for key, value in row.items()} for row in rows]
 
 
+@pytest.mark.slow
 def test_records_of_other_versions_or_damaged_ones_are_a_page_or_a_sentence(base_dir, monkeypatch):
     monkeypatch.setattr(plots, "lines", lambda *a: plots.Picture(a[1], "<svg/>"))  # drawing is tested above, and slow
     write(base_dir, steps=4)
