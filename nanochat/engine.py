@@ -31,7 +31,7 @@ from nanochat.gpt import GPT
 from nanochat.graphs import StaticDecode
 from nanochat.kvcache import KVCache
 from nanochat.paged import Chunks, Rows, block_size
-from nanochat.sampling import Knobs, Sampling, child_seed, sample, uniform
+from nanochat.sampling import Knobs, Sampling, child_seed, uniform
 from nanochat.scheduler import GUESS_ROWS, Plan, Scheduler
 from nanochat.sequence import Completion, Event, Prompt, Sequence
 from nanochat.tools import ToolState, ToolTokens
@@ -324,11 +324,7 @@ class Engine:
             quick = self.decoder.knobs(params) if isinstance(self.decoder, native.Native) else None
             self._knobs = params, quick or Knobs(params, self.device)
         draws = [uniform(s.seed, len(s.tokens) + i) for s, guesses in rows for i in range(len(guesses) + 1)]
-        knobs = self._knobs[1]
-        if isinstance(knobs, native.Knobs):
-            ids = knobs.draw(logits, draws)
-        else:
-            ids = sample(logits, knobs, torch.tensor(draws).to(self.device, non_blocking=True))
+        ids = self._knobs[1].draw(logits, draws)
         asked = any(each.logprobs for each in params)
         top = max(each.top_logprobs for each in params)
         return logprobs.unpack(logprobs.pack(logits, ids, asked, top))

@@ -5,7 +5,6 @@ collective shows. Traced steps are slower than the others, in the record too.
 """
 
 import itertools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +67,8 @@ class Profile:
         if not traced:
             return
         path = self.log.path.parent / "profile" / f"steps_{traced[0]:06d}_to_{traced[-1]:06d}.json.gz"
-        with tempfile.TemporaryDirectory() as folder:
-            profiler.export_chrome_trace(f"{folder}/{path.name}")
-            with open(f"{folder}/{path.name}", "rb") as source, paths.atomic_write(path) as file:
-                file.write(source.read())
+        with paths.staged(path) as part:
+            profiler.export_chrome_trace(str(part))
         self.path = path
         shares = own_time(profiler.key_averages())
         self.log.note("profile", f"the trace of steps {traced[0]} to {traced[-1]} is {path}: open it with {VIEWER} "

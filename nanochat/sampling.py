@@ -118,6 +118,10 @@ class Knobs:
             where = None if len(members) == len(rows) else torch.tensor(members, device=device)
             self.groups.append((where, _Group(kind, [rows[i] for i in members], device)))
 
+    def draw(self, logits: torch.Tensor, u: list[float]) -> torch.Tensor:
+        """logits (B, V) fp32, u from `uniform`, one a row -> ids (B,) int64, on the logits' device."""
+        return sample(logits, self, torch.tensor(u).to(logits.device, non_blocking=True))
+
 
 class _Group:
     """Rows of one kind and their parameters, each a (B, 1) column or None when no row uses it."""

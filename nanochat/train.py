@@ -182,8 +182,8 @@ class StopSignal:
     The grace is there because Ctrl-C under torchrun reaches a rank twice: from the terminal and from the launcher.
 
     Python runs handlers between two bytecodes, so a rank that waits in a collective for one that hangs runs none. A
-    thread therefore reads the signals from a socket: the second one is heard there too, and one of several ranks that
-    is still inside PATIENCE seconds after SIGTERM or SIGINT leaves without saving. torchrun would kill it 5 s later: a
+    thread therefore reads the signals from a socket: it hears the second one, and lets one of several ranks that is
+    still inside PATIENCE seconds after SIGTERM or SIGINT leave without saving. torchrun would kill it 5 s later: a
     step and a save must fit into that.
 
     The run ends with status 128 + n (143, 130, 138), which a scheduler may restart: SLURM lists them in RequeueExit,
@@ -196,7 +196,6 @@ class StopSignal:
         self.tell = runtime is not None and runtime.main
         self.several = runtime is not None and runtime.world > 1
         self.received = 0  # signal number on this rank, 0 = none
-        self.since = 0.0  # when, on the monotonic clock
         self.before: dict[int, Any] = {}
         self._heard: socket.socket | None = None
 
@@ -222,13 +221,10 @@ class StopSignal:
 
     def _note(self, number: int, _frame) -> None:
         if not self.received:
-            self.received, self.since = number, time.monotonic()
+            self.received = number
             if self.tell:  # past Python's buffers, which the signal may have interrupted
                 text = b"stopping after this step; once more stops at once, without saving\n"
                 os.write(2, b"\n" + text if os.isatty(2) else text)  # a terminal's last line may not have ended
-        elif time.monotonic() - self.since >= GRACE:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
 
     def _listen(self, listener: socket.socket) -> None:
         """Leave by a deadline that the signals set; the socket's end is the end of the `with`."""
@@ -251,7 +247,7 @@ class StopSignal:
                         if self.several and number != getattr(signal, "SIGUSR1", 0):
                             deadline = now + PATIENCE
                     elif now - first >= GRACE:
-                        deadline = min(deadline, now + 1)  # the handler leaves sooner if it can run
+                        os._exit(128 + number)
 
     def agreed(self, runtime: Runtime) -> int:
         """The signal that any rank received, on every rank; 0 if none. Collective: call it once a step."""

@@ -17,6 +17,7 @@ def bundle(tmp_path):
     return write_bundle(tmp_path)
 
 
+@pytest.mark.slow
 def test_all_three_are_measured_and_written_by_tag_and_step_pitfall_35(base_dir, bundle, capsys):
     for tag in ("d3", "d4"):  # two models of the same step do not overwrite each other
         save_checkpoint("base", tag=tag, step=7, seed=len(tag))

@@ -8,6 +8,7 @@ from nanochat.errors import UserError
 from scripts import bench_corruption, bench_save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [bench_corruption.make_checkpoints, bench_corruption.make_shards,
                                   bench_corruption.make_tokenizer])  # fmt: skip
 def test_every_file_at_many_places_pitfalls_6_10(base_dir, make):

@@ -121,6 +121,7 @@ def test_a_prompt_that_fills_the_row_loses_its_beginning_instead():
 parts = st.lists(st.builds(part, st.sampled_from(["text", "python", "python_output"]), st.text("ab", max_size=30)))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     turns=st.lists(st.tuples(st.text("uv", max_size=80), parts | st.text("xy", max_size=80)), min_size=1, max_size=3),

@@ -325,6 +325,7 @@ def test_one_client_cannot_take_all():
         assert httpx.get(rig.url + "/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_a_reply_with_what_there_is():
     with serving(seconds=0.05, deadline=2.0, max_tokens=300, slots=1) as rig:
         done = events(post(rig.url, messages=HELLO))[-1]
@@ -351,6 +352,7 @@ def test_a_failing_step_ends_its_requests_and_not_the_server():
         assert "error" in events(cut)[-1] and rig.load == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_its_requests_are_told(monkeypatch):
     with serving(seconds=0.03, max_tokens=300) as rig:
         answers = []
@@ -368,21 +370,28 @@ def test_a_worker_that_dies_is_replaced_and_its_requests_are_told(monkeypatch):
         assert rig.pool.workers[0].restarts == 1 and rig.threads[0].starts == 2
 
 
+def cut_off(rig):
+    """A client, as a thread, whose reply is under way; whether it gets an answer is no matter."""
+
+    def ask():
+        with contextlib.suppress(httpx.HTTPError):
+            post(rig.url, messages=HELLO)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    until(lambda: rig.engine.stats().generated_tokens > 2)
+    return thread
+
+
+@pytest.mark.slow
 def test_closing_ends_the_replies_in_flight():
     with serving(seconds=0.05, max_tokens=300) as rig:
-        answers = []
-
-        def ask():
-            with contextlib.suppress(httpx.HTTPError):
-                answers.append(post(rig.url, messages=HELLO))
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        until(lambda: rig.engine.stats().generated_tokens > 2)
+        thread = cut_off(rig)
     thread.join(5)
     assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_signal_drains_running_replies_finish_and_new_ones_are_refused():
     with serving(seconds=0.03, max_tokens=40, drain=10) as rig:
         answers = []
@@ -404,17 +413,10 @@ def test_a_signal_drains_running_replies_finish_and_new_ones_are_refused():
         assert events(answers[1])[-1]["finish"] == "closing"
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_the_replies():
     with serving(seconds=0.1, max_tokens=300, drain=600) as rig:
-        answers = []
-
-        def ask():
-            with contextlib.suppress(httpx.HTTPError):
-                answers.append(post(rig.url, messages=HELLO))
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        until(lambda: rig.engine.stats().generated_tokens > 2)
+        thread = cut_off(rig)
         for _ in range(2):
             assert not rig.uvicorn.should_exit
             rig.uvicorn.handle_exit(signal.SIGTERM, None)
@@ -513,6 +515,7 @@ def test_too_many_connections_are_refused(monkeypatch):
 # -- who may enter ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_api_key_guards_all_but_health_and_the_page():
     with serving("Hey!.", api_key="secret") as rig:
         free = ("/", "/health", "/ready", "/logo.svg", "/ui/chat.js")

@@ -89,6 +89,7 @@ def test_published_decode_figures_of_depth_24():
     assert 3.35e12 / (weights + kv) == pytest.approx(2105, rel=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_activation_estimate_is_what_autograd_keeps(kv_heads):
     config = GPTConfig(

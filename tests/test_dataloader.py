@@ -78,6 +78,7 @@ def same(a, b):
 # -- rows
 
 
+@pytest.mark.slow
 def test_targets_are_the_inputs_moved_by_one_and_rows_begin_with_bos(corpus, tokenizer):
     for inputs, targets in rows_of(take(train(corpus, tokenizer), 30)):
         assert targets[:-1] == inputs[1:] and inputs[0] == tokenizer.bos and len(inputs) == T
@@ -173,6 +174,7 @@ def test_the_state_is_small_and_readable(corpus, tokenizer):
     assert len(json.dumps(state)) < 60 * 1024
 
 
+@pytest.mark.slow
 def test_a_batch_says_cheaply_which_epoch_and_shard_it_came_from(corpus, tokenizer):
     with pretrain_loader(corpus, tokenizer, rows=4, seq_len=32, prefetch=0) as loader:
         seen = [(b.note.epoch, b.note.shard, b) for b in itertools.islice(loader, 300)]

@@ -104,6 +104,7 @@ def test_a_machine_that_was_shared_is_noticed(tmp_path):
     assert "slow" in kinds(write(tmp_path, healthy(), speed=lambda step: 30.0 if 100 < step < 200 else 100.0))
 
 
+@pytest.mark.slow
 def test_the_program_prints_draws_and_compares(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(debug_loss, "EXPECTED", [("tinyworld", 4, 0.4, "a run")])

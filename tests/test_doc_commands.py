@@ -155,6 +155,7 @@ KINDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_command_is_caught_in_every_kind_of_file(kind, wrong, tmp_path):

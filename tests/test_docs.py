@@ -74,6 +74,7 @@ def python_blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_guides_python_makes_what_they_say(tmp_path, base_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in range(3):

@@ -290,6 +290,7 @@ def command(hub, base_dir, *flags):
     return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_honours_hf_endpoint_and_its_exit_status_tells_pitfall_11(hub, base_dir):
     hub.repo, known = "karpathy/climbmix-400b-shuffle", HUB["climbmix"].revision
     hub.commits = {known: known}  # and no main: a first download does not ask what is newest

@@ -172,6 +172,7 @@ def test_endless_output_does_not_grow_the_parent_pitfall_42(cage):
     assert grown < 30, f"{grown:.0f} MB for 300 MB of output"
 
 
+@pytest.mark.slow
 def test_the_memory_flag_is_set_by_the_error_and_not_by_its_name_pitfall_42(cage):
     assert run("x = bytearray(10**9)").out_of_memory
     assert run("x = []\nwhile True: x.append('a' * 10**6 + str(len(x)))").out_of_memory

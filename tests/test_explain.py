@@ -58,6 +58,7 @@ def test_it_reads_the_file_and_not_a_memory_of_it(tmp_path):
     assert "SPEED = 4" in told() and "def spin(x, by)" in told() and "def turn" not in told()
 
 
+@pytest.mark.slow
 def test_constants_and_shapes_are_those_of_the_code():
     text = explain.main(explain.Config("gpt"))["text"]
     assert f"`SOFTCAP = {gpt.SOFTCAP}`" in text and "(B, T, Hkv, D)" in text
@@ -93,6 +94,7 @@ def test_what_is_not_there_is_a_sentence():
         explain.find("zxqv", KNOWN)
 
 
+@pytest.mark.slow
 def test_without_a_name_every_module_is_listed(capsys):
     explain.main(explain.Config())
     shown = capsys.readouterr().out

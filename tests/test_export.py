@@ -53,6 +53,7 @@ def ours():
     return checkpoint.build_model("sft")[0]
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_folder_and_agrees_in_every_logit_and_token(folder):
     theirs, model = parity.load_hf(folder), ours()
     assert parity.difference("hf", folder, model, torch.Generator().manual_seed(1)) < 1e-5

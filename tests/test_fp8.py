@@ -104,6 +104,7 @@ def test_a_converted_model_stays_close_and_learns():
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in gpt.parameters())
 
 
+@pytest.mark.slow
 def test_evaluation_is_exact_and_training_goes_on_afterwards():
     gpt = model(SMALL).to(DEVICE)
     ids = torch.arange(32, device=DEVICE).view(1, 32)

@@ -174,6 +174,7 @@ def test_a_record_tells_why_a_run_ended_but_not_that_it_was_asked_to_stop(tmp_pa
     assert [row["kind"] for row in record.read(path)] == ["start"]
 
 
+@pytest.mark.slow
 def test_wandb_works_offline_without_an_account_pitfall_46(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -239,6 +240,7 @@ def test_wandb_is_not_imported_for_a_dummy_run_pitfall_46(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_importing_the_ground_has_no_side_effect_pitfall_50(tmp_path):
     code = "import nanochat.paths, nanochat.runtime, nanochat.record, nanochat.cli"
     home = {"HOME": str(tmp_path), "PATH": ""}

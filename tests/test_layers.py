@@ -138,6 +138,7 @@ def test_every_import_is_declared_pitfall_49():
                 assert renamed.get(package, package).lower() in declared, f"{path.name} imports undeclared {package}"
 
 
+@pytest.mark.slow
 def test_stages_run_from_any_folder_pitfall_49(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "scripts.plan", "--depth=4"], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -78,6 +78,7 @@ def test_the_c_equals_the_whole_forward(case):
     check(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("-mavx2", "-mfma")], ids=str)
 def test_other_vectors_compute_the_same(flags, tmp_path, monkeypatch):
     if flags and "avx2" not in cpu_forward.processor():
@@ -165,6 +166,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
+@pytest.mark.slow
 def test_a_fork_has_threads_of_its_own():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKED], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -218,12 +220,14 @@ def test_a_folder_that_others_can_write_is_not_loaded_from(fresh, caplog):
     falls_back(caplog, "others can write")
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_not_fatal(fresh, caplog):
     path = cpu_forward.compiled()
     path.write_bytes(b"damaged")
     falls_back(caplog, "remove it")
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_and_again_for_another_compiler(fresh, monkeypatch, tmp_path):
     first = cpu_forward.compiled()
     made = first.stat().st_mtime_ns
@@ -235,6 +239,7 @@ def test_it_is_compiled_once_and_again_for_another_compiler(fresh, monkeypatch, 
     assert fresh.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_a_compiler_without_march_native_will_do(fresh, monkeypatch, tmp_path):
     real = cpu_forward.find_compiler()
     refuse = f'case "$*" in *-march=native*) exit 1;; esac; exec {real} "$@"'
@@ -253,6 +258,7 @@ def test_unavailable_needs_no_engine(fresh, monkeypatch):
         cpu_forward.compiled()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_the_source_has_no_warnings(compiler, tmp_path):
     if not shutil.which(compiler):

@@ -175,6 +175,7 @@ def checked_types(folder):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_types_of_the_signatures_hold():
     done = checked_types(ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

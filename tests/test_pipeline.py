@@ -83,6 +83,7 @@ def test_each_stage_leaves_a_complete_checkpoint_and_a_record(here):
     assert losses[-1] < losses[0]  # it learns, if only a little
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "cfg", "source", "evaluation"),
     [
@@ -111,6 +112,7 @@ def test_the_last_checkpoint_is_saved_before_anything_is_evaluated_pitfall_1(
     assert steps == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "cfg", "source", "evaluation"),
     [(base_train, BASE, "base", "bpb"), (chat_sft, SFT, "sft", "validation_bpb"), (chat_rl, RL, "rl", "evaluate")],
@@ -151,6 +153,7 @@ def test_a_run_in_a_terminal_is_one_line_below_what_it_says_and_its_trace_is_wri
     assert [line for line in shown if "open it with https://ui.perfetto.dev" in line], shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "cfg", "folder", "cut", "end"),
     [
@@ -233,6 +236,7 @@ def stop_at(step, signum, arguments):
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_leaves_with_its_code(here):
     arguments = flags(BASE, num_iterations=200, save_every=-1, model_tag="signalled")
     status, said = stop_at(3, signal.SIGTERM, arguments)
@@ -270,6 +274,7 @@ def spiking(monkeypatch, step):
     monkeypatch.setattr(train.Meter, "mean", mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "steps"), [("skip", 22), ("rollback", 22)])
 def test_a_spike_is_skipped_or_gone_back_from(here, monkeypatch, action, steps):
     spiking(monkeypatch, 20)
@@ -287,6 +292,7 @@ def test_a_spike_is_skipped_or_gone_back_from(here, monkeypatch, action, steps):
     assert final.rank_state(0)["loader"]["rows"] == read * 8
 
 
+@pytest.mark.slow
 def test_rolling_back_without_a_checkpoint_is_a_sentence(here, monkeypatch):
     spiking(monkeypatch, 20)
     cfg = dataclasses.replace(BASE, num_iterations=22, save_every=-1, eval_tokens=0, model_tag="nowhere", spike=8.0)
@@ -294,6 +300,7 @@ def test_rolling_back_without_a_checkpoint_is_a_sentence(here, monkeypatch):
         base_train.main(dataclasses.replace(cfg, spike_action="rollback"))
 
 
+@pytest.mark.slow
 def test_core_and_samples_are_taken_while_training_and_chatcore_while_fine_tuning(here, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE", str(write_bundle(tmp_path)))
     cfg = dataclasses.replace(BASE, num_iterations=4, eval_tokens=0, core_metric_every=3, core_metric_max_per_task=4,
@@ -426,6 +433,7 @@ def test_two_ranks_fine_tune_and_reinforce_as_one_does_pitfall_14(here, on_ranks
         assert a.get("taught") == b.get("taught") and a.get("reward") == b.get("reward")
 
 
+@pytest.mark.slow
 def test_grouped_heads_are_reachable_from_the_command_line_pitfall_25(here):
     cfg = dataclasses.replace(BASE, n_kv_head=1, num_iterations=1, eval_tokens=0, model_tag="gqa")
     base_train.main(cfg)

@@ -37,6 +37,7 @@ def test_an_evaluation_stands_at_the_tokens_flops_and_minutes_that_were_spent(ba
     assert report.curve("", rows, "loss", axis="tokens").x == [100 * (step + 1) for step in range(20)]
 
 
+@pytest.mark.slow
 def test_the_page_has_every_picture_escapes_what_models_write_and_needs_nothing_else(base_dir):
     write(base_dir)
     write(base_dir, "two", speed=2.0)

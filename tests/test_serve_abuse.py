@@ -26,6 +26,7 @@ def port_of(rig):
     return int(rig.url.rsplit(":", 1)[1])
 
 
+@pytest.mark.slow
 def test_dawdlers_half_closed_and_many_connects_leave_nothing_behind(rig, monkeypatch):
     monkeypatch.setattr(server, "HEAD_SECONDS", 1.0)
     port, state = port_of(rig), rig.uvicorn.server_state
@@ -56,6 +57,7 @@ def test_what_the_schema_allows_and_forbids_is_never_a_server_error(rig):
     until(lambda: rig.load == 0)
 
 
+@pytest.mark.slow
 def test_hostile_requests_are_refused_and_harm_no_other_reply():
     small = [(path, body) for path, body in bench_abuse.hostile() if len(body) < 8000][::7]  # in time
     with serving(seconds=0.002, queue=64) as rig:

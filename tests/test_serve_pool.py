@@ -124,6 +124,7 @@ def test_limits_by_client(monkeypatch):
         free.enter("a", 8)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_replaced(monkeypatch):
     monkeypatch.setattr(pool, "STALL_SECONDS", 0.3)
     with serving(seconds=0.01) as rig:

@@ -114,6 +114,7 @@ def test_a_tokenizer_that_changes_text_is_caught(corpus, capsys, monkeypatch):
     assert "is not itself after encode and decode" in complaint(corpus, capsys)[0]
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_and_a_limit_on_shards(base_dir, capsys):
     result = verify_data.main(verify_data.Config(dataset="tinyworld", shards=1, sample=0))
     assert [s["split"] for s in result["shards"]] == ["val", "train"] and result["problems"] == []
@@ -130,6 +131,7 @@ def test_many_shards_are_as_one_set():
     assert seen.known(np.arange(3000, dtype=np.uint64)).tolist() == [x in plain for x in range(3000)]
 
 
+@pytest.mark.slow
 def test_real_shards_are_good(shared_data, base_dir, tmp_path):
     folder = tmp_path / "few"
     folder.mkdir()

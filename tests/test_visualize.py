@@ -100,6 +100,7 @@ def test_the_law_is_fitted_to_the_frontier_with_its_residuals(written):
     assert sum(bent["residuals"]) == pytest.approx(0, abs=1e-4) and max(bent["residuals"]) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_each_picture_can_be_drawn(written, name, tmp_path):
     pictures.draw(name, written[1][name], tmp_path / "picture.png")
