@@ -141,7 +141,7 @@ class Runner:
     """
 
     def __init__(self, model: GPT, int8: bool = False):
-        self.model, self.int8 = model, int8
+        self.model, self._kind = model, Int8Matrix if int8 else Matrix
         stored = model.lm_head.weight.dtype
         self.dtype = model.compute_dtype if stored == torch.float32 else stored
         self.device = model.lm_head.weight.device
@@ -151,11 +151,23 @@ class Runner:
     @torch.no_grad()
     def refresh(self) -> None:
         """Lay the weights out. d4 on a CPU: about 10 ms."""
-        model, config, kind = self.model, self.model.config, Int8Matrix if self.int8 else Matrix
-        norm = Norm(self.device, self.dtype)
-        self.norm = norm
-        self.layers = [Layer(model, i, kind, self.dtype, norm) for i in range(config.n_layer)]
-        self.head = kind(model.lm_head.weight[: config.vocab_size], self.dtype)
+        self.prepare()
+        self.layers = [self.layer(i) for i in range(self.model.config.n_layer)]
+        self.head = self.output()
+
+    def layer(self, index: int) -> Layer:
+        """A block's weights, laid out."""
+        return Layer(self.model, index, self._kind, self.dtype, self.norm)
+
+    def output(self) -> Matrix:
+        """The head's."""
+        return self._kind(self.model.lm_head.weight[: self.model.config.vocab_size], self.dtype)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Lay out all but blocks and head."""
+        model = self.model
+        self.norm = Norm(self.device, self.dtype)
         table = gpt.norm(model.transformer.wte.weight.detach().to(self.dtype))
         self.embedding = F.pad(table, (0, 0, 0, 1))  # its last row, of zeros, is index -1's
         self.smear_channels = model.smear_gate.in_features

@@ -63,19 +63,18 @@ class Engine:
     cache_tokens: room for keys and values (None: slots whole sequences, if memory allows); block: tokens a block.
     frozen: promise that the weights never change again; else they are laid out anew, and the cache is forgotten,
     whenever work begins. int8: 8-bit weights (CPU). static: decode with fixed shapes, graphs: as CUDA graphs (both
-    None: on a GPU). A CPU decodes in C where it can (nanochat/native.py).
+    None: on a GPU). A CPU computes in C where it can (nanochat/native.py).
     """
 
     def __init__(
         self, model, tokenizer, *, slots=32, max_len=None, prefill_tokens=1024, tools=True, frozen=False,
         guesses=4, cache_tokens=None, block=None, int8=False, static=None, graphs=None,
     ):  # fmt: skip
-        self._kind = {k: v for k, v in locals().items() if k not in ("self", "model", "tokenizer")}
         context = model.config.sequence_len
         self.max_len = context if max_len is None else max_len
         refuse(_problems(self.max_len, context, slots, prefill_tokens, guesses, block))
         self.model, self.tokenizer = model, tokenizer
-        self.slots, self.prefill_tokens, self.frozen = slots, prefill_tokens, frozen
+        self.slots, self.prefill_tokens, self.frozen, self.guesses = slots, prefill_tokens, frozen, guesses
         self.runner = Runner(model, int8) if isinstance(model, GPT) else model  # tests bring models of their own
         self.device, dtype = model.lm_head.weight.device, getattr(self.runner, "dtype", torch.float32)
         size = block or block_size(self.device, dtype)
@@ -87,7 +86,7 @@ class Engine:
         static = on_gpu if static is None else static
         graphs = on_gpu if graphs is None else graphs
         rows = max(slots, GUESS_ROWS)
-        # what decodes faster than the runner, if anything does: fixed shapes on a GPU, C on a CPU
+        # what is faster than the runner, if anything is: fixed shapes on a GPU to decode with, C on a CPU for all
         self.decoder = (
             StaticDecode(self.runner, self.cache, rows, graphs) if static else native.find(self.runner, self.cache)
         )
@@ -98,9 +97,18 @@ class Engine:
         self._stop_tokens = frozenset((tokenizer.special("<|assistant_end|>"), tokenizer.bos))
         self._knobs: tuple[list[Sampling], Knobs | native.Knobs] | None = None  # of the last step's rows
 
-    def fresh(self) -> Engine:
-        """An empty engine of the same kind, for after a step that failed half way."""
-        return Engine(self.model, self.tokenizer, **self._kind)
+    def reset(self) -> None:
+        """Forget all sequences, without a word to them, and all that the cache holds: for after a step that failed."""
+        self.cache.reset()
+        self.scheduler = Scheduler(self.cache, self.slots, self.prefill_tokens, self.guesses)
+        self._knobs = None
+
+    def release(self) -> None:
+        """Lay the weights out and empty the model, which holds them once more. The engine must be a frozen one."""
+        if not self.frozen:
+            raise ValueError("an engine that is not frozen reads the model's weights again")
+        self._refresh()
+        self.model.to("meta")
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
@@ -124,7 +132,7 @@ class Engine:
         )
 
     def submit(self, ids: list[int], sampling: Sampling | None = None, n: int = 1) -> list[Sequence]:
-        """Queue n replies to one prompt. UserError: empty prompt, unknown ids, no room for a reply in the context."""
+        """Queue n replies to one prompt. UserError: prompt empty, of unknown ids, or longer than the context."""
         sampling = sampling or Sampling()
         self.check(ids, n)
         if not (self.busy or self.frozen):
@@ -140,10 +148,8 @@ class Engine:
         """Refuse what `submit` would refuse."""
         if not ids:
             raise UserError("The prompt is empty: give at least one token, such as bos.")
-        if len(ids) >= self.max_len:
-            raise UserError(
-                f"The prompt has {len(ids)} tokens and the context holds {self.max_len}, with the reply: shorten it."
-            )
+        if len(ids) > self.max_len:
+            raise UserError(f"The prompt has {len(ids)} tokens and the context holds {self.max_len}: shorten it.")
         if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
             raise UserError(f"The prompt has a token outside the vocabulary of {self.model.config.vocab_size}.")
         if n < 1:
@@ -236,10 +242,8 @@ class Engine:
     def _refresh(self) -> None:
         """The weights may have changed: lay them out, forget what was computed with the old ones."""
         if isinstance(self.runner, Runner):
-            self.runner.refresh()
+            (self.decoder or self.runner).refresh()
         self.cache.flush()
-        if self.decoder:
-            self.decoder.forget()
         self._stale = False
 
     def _decode(self, plan: Plan) -> torch.Tensor:
@@ -268,7 +272,7 @@ class Engine:
                 wanted.append(len(batch.ids) - 1)
             if count == sequence.pending:
                 ends.append(len(wanted) - 1)
-        if isinstance(self.decoder, native.Native) and len(batch.ids) <= native.SHORT_READ:
+        if isinstance(self.decoder, native.Native):
             logits = self.decoder(batch, wanted)
         else:
             logits = self.runner(batch, Chunks(self.cache, self.model.attend, spans), wanted)

@@ -36,8 +36,9 @@ class StaticDecode:
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = None  # the graphs never run at the same time: they share their memory
 
-    def forget(self) -> None:
-        """The weights lie elsewhere now: record anew."""
+    def refresh(self) -> None:
+        """The weights have changed: lay them out and record anew."""
+        self.runner.refresh()
         self._recorded.clear()
 
     def __call__(self, batch: Batch) -> torch.Tensor:

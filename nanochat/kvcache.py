@@ -73,6 +73,12 @@ class KVCache:
                 if self.groups[layer] == group:
                     memory[:, target] = memory[:, source]
 
+    def reset(self) -> None:
+        """Empty: nobody holds a block, no value of before is left, however odd."""
+        self.pools = [BlockPool(len(pool.refs), span) for pool, span in zip(self.pools, self.spans)]
+        for memory in self.memory:
+            memory.zero_()
+
     def flush(self) -> None:
         """Forget what blocks that nobody holds still know."""
         for pool in self.pools:

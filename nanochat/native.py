@@ -1,8 +1,9 @@
-"""The decode step as one call of our C (kernels/cpu_forward.c), for fp32 and int8 weights on a CPU.
+"""A step, prompts included, as one call of our C (kernels/cpu_forward.c), for fp32 and int8 weights on a CPU.
 
 A step of a small model is a hundred small operations, each of which costs more in Python and torch than in arithmetic,
 and attention was a call a row. In C they are one call: `Native` lays the weights out in panels, gives it the tokens and
-the pieces of the cache that each sees, and gets logits. decode.Runner is its slow twin.
+the pieces of the cache that each sees, and gets logits. decode.Runner, whose layout it reads block by block, is its
+slow twin.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from nanochat.runtime import prefer_huge_pages
 from nanochat.sampling import MIN_TEMPERATURE, Sampling
 
 LINE = 64  # bytes: what a processor's cache moves at once
-SHORT_READ = 64  # tokens of prompts up to which C reads them too (behind 200 others: 5.7 ms, torch 6.5; 256: 20, 15)
 ROOM = 1 << 24  # bytes taken at a time for weights, so that small ones too lie on large pages
 
 
@@ -34,7 +34,7 @@ def find(runner, cache: KVCache) -> Native | None:
 
 
 class Native:
-    """Runs batches of tokens, each seeing its sequence up to itself. Call `forget` after the runner's refresh."""
+    """Runs batches of tokens, each seeing its sequence up to itself. Call `refresh` before the first and whenever the weights have changed."""
 
     def __init__(self, runner: Runner, cache: KVCache, kernels):
         self.runner, self.cache, self.kernels = runner, cache, kernels
@@ -44,17 +44,19 @@ class Native:
         self.step, self._kept = kernels.Step(), []
         self._room = torch.empty(0, dtype=torch.uint8)
 
-    def forget(self) -> None:
-        """The weights have changed: lay them out anew."""
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Lay the weights out. d4: about 20 ms."""
         runner, config = self.runner, self.runner.model.config
+        runner.prepare()
         self._kept = []  # tensors that only C points to
         self._room = self._room[:0]
-        layers = (self.kernels.Layer * config.n_layer)(*map(self._layer, runner.layers))
+        layers = (self.kernels.Layer * config.n_layer)(*(self._layer(runner.layer(i)) for i in range(config.n_layer)))
         self._kept.append(layers)
         half = config.head_dim // 2
         cos, sin = (self._keep(runner.rope[0, :, 0, :half]), self._keep(-runner.rope[1, :, 0, half:]))
         self.model = self.kernels.Model(
-            layers=ctypes.addressof(layers), head=self._matrix(runner.head), embedding=self._keep(runner.embedding),
+            layers=ctypes.addressof(layers), head=self._matrix(runner.output()), embedding=self._keep(runner.embedding),
             smear_gate=self._keep(runner.smear), cos=cos, sin=sin, depth=config.n_layer, width=config.n_embd,
             heads=config.n_head, kv_heads=config.n_kv_head, dim=config.head_dim, smear_channels=runner.smear_channels,
             gate_channels=min(gpt.VE_GATE_CHANNELS, config.n_embd), eps=gpt.EPS, qk_scale=gpt.QK_SCALE,

@@ -356,12 +356,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def memory_of(samples: list[dict]) -> dict:
-    """Memory of each kind of process in the first and last quarter of a run."""
-    quarter = max(1, len(samples) // 4)
+    """MiB of each kind of process: means of the quarters of a run, and the peak."""
+    parts = [samples[len(samples) * i // 4 : len(samples) * (i + 1) // 4] or samples for i in range(4)]
     return {
         kind: {
-            "first_quarter": round(statistics.mean(s[kind] for s in samples[:quarter]), 1),
-            "last_quarter": round(statistics.mean(s[kind] for s in samples[-quarter:]), 1),
+            "quarters": [round(statistics.mean(s[kind] for s in part), 1) for part in parts],
             "peak": round(max(s[kind] for s in samples), 1),
         }
         for kind in ("front", "engines")

@@ -326,7 +326,9 @@ def load_engine(cfg: Config) -> tuple[Engine, str]:
     if rt.dtype != torch.float32:
         model = model.to(rt.dtype)  # resident once: nothing is cast at each step
     name = f"{cfg.source} {cfg.model_tag or ''} step {meta['step']}".replace("  ", " ")
-    return Engine(model, tokenizer, slots=1, frozen=True), f"{name}, {model.config.n_layer} layers, on {rt.device}"
+    engine = Engine(model, tokenizer, slots=1, frozen=True)
+    engine.release()
+    return engine, f"{name}, {model.config.n_layer} layers, on {rt.device}"
 
 
 def main(cfg: Config) -> dict:

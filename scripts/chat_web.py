@@ -114,7 +114,7 @@ def workers(cfg: Config) -> list[Worker]:
         path = checkpoint.find(source, cfg.model_tag or None, None if cfg.step < 0 else cfg.step)
         for number in range(cfg.num_gpus):
             order = {"path": str(path), "number": number, "device_type": cfg.device_type, "dtype": cfg.dtype}
-            order |= {"slots": cfg.slots, "threads": cfg.threads()}
+            order |= {"slots": cfg.slots, "threads": cfg.threads(), "workers": cfg.num_gpus}
             made.append(Worker(f"nanochat-{source}-{path.parent.name}", number, order))
     return made
 

@@ -34,6 +34,7 @@ import tyro
 from torch.nn import functional as F
 
 from nanochat import attention, checkpoint, cli, cost, hardware, paths, runtime
+from nanochat.decode import Runner
 from nanochat.engine import Engine
 from nanochat.errors import refuse
 from nanochat.gpt import GPT, GPTConfig
@@ -207,7 +208,8 @@ def hf_tokens_per_s(other, rows: int, cfg: Config, clock: Clock) -> float:
 @torch.inference_mode()
 def floor_ms(machine: Engine, rows: int, cfg: Config, clock: Clock) -> dict[str, float]:
     """Milliseconds of a step's products, of attention at half the length, and of the draw, each alone."""
-    runner, config = machine.runner, machine.model.config
+    runner, config = Runner(machine.model, cfg.int8), machine.model.config
+    runner.refresh()
     length = cfg.prompt_tokens + cfg.decode_tokens // 2
     new = {"dtype": runner.dtype, "device": runner.device}
     x, wide = torch.randn(rows, config.n_embd, **new), torch.randn(rows, 4 * config.n_embd, **new)

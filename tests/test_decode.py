@@ -18,28 +18,29 @@ from nanochat.sampling import Sampling
 
 
 @torch.inference_mode()
-def both(model, lengths, steps=3, way="rows", shared=0, size=4, int8=False, parts=False):
+def both(model, lengths, steps=3, way="rows", shared=0, size=4, int8=False, parts=0):
     """Logits (steps, B, V) of the runner and of GPT.forward for rows that already hold `lengths` tokens.
 
     The first `shared` tokens are the same for all, and in the same blocks; size: tokens a block.
-    parts: the decoder has read them too.
+    parts: the decoder has read them too, so many at once.
     """
     random = torch.Generator().manual_seed(0)
     rows = [torch.randint(256, (length + steps,), generator=random) for length in lengths]
     runner, most = Runner(model, int8), model.config.sequence_len
     runner.refresh()
-    cache = KVCache(model.config, runner.device, runner.dtype, max_len=most, rows=len(rows), size=size)
+    room = len(rows) * (most if parts else 1)  # a part that is being read holds more than its window
+    cache = KVCache(model.config, runner.device, runner.dtype, max_len=most, rows=room, size=size)
     decoder, owners = None, []
     if way == "native":
         decoder = native.find(runner, cache)
         assert decoder, "the tests of the C need a compiler, such as gcc"
-        decoder.forget()
+        decoder.refresh()
     for row, length in zip(rows, lengths):
         row[:shared] = rows[0][:shared]
         pages = cache.pages()
         start = pages.match(row[: length + 1].tolist())
         assert start >= (shared if owners else 0)
-        read(runner, cache, model, pages, row.tolist(), start, length, decoder=decoder if parts else None)
+        read(runner, cache, model, pages, row.tolist(), start, length, parts or 7, decoder=decoder if parts else None)
         owners.append(pages)
     if way == "static":
         decoder = StaticDecode(runner, cache, len(rows) + 3, graphs=False)
@@ -59,7 +60,7 @@ def both(model, lengths, steps=3, way="rows", shared=0, size=4, int8=False, part
     return torch.stack(fast), torch.stack(slow)
 
 
-def read(runner, cache, model, pages, ids, start, stop, chunk=7, decoder=None):
+def read(runner, cache, model, pages, ids, start, stop, chunk, decoder=None):
     """The tokens start to stop - 1 of ids into the pages, by the decoder where one is given."""
     for first in range(start, stop, chunk):
         count = min(chunk, stop - first)

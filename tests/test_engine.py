@@ -178,9 +178,9 @@ def test_leaving_the_generator_early_frees_the_slots():
 # -- the end of the context -------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_with_a_sentence_pitfall_27():
+def test_a_prompt_longer_than_the_context_is_refused_with_a_sentence_pitfall_27():
     engine = Engine(MODEL, TOKENIZER)
-    for length in (64, 65, 700):
+    for length in (65, 700):
         with pytest.raises(UserError, match=f"{length} tokens.*context"):
             engine.submit(prompt(length))
     assert not engine.busy
@@ -188,9 +188,12 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_a_sentence_pitfall_27():
 
 def test_a_reply_ends_at_the_end_of_the_context_pitfall_27():
     engine = Engine(MODEL, TOKENIZER, slots=3)
-    replies = engine.complete([prompt(n) for n in (63, 60, 10)], Sampling(**{**vars(GREEDY), "max_tokens": 500}))
-    assert [(len(r[0].ids), r[0].finish) for r in replies] == [(1, "length"), (4, "length"), (54, "length")]
-    check_greedy(MODEL, prompt(10), replies[2][0].ids, replies[2][0].logprobs)
+    lengths = (63, 60, 10, 64)
+    replies = engine.complete([prompt(n) for n in lengths], Sampling(**{**vars(GREEDY), "max_tokens": 500}), n=2)
+    for length, pair in zip(lengths, replies):
+        for reply in pair:
+            assert (len(reply.ids), reply.finish) == (max(1, 64 - length), "length")
+            assert reply.ids == list(MODEL.generate_naive(prompt(length), len(reply.ids), temperature=0))
 
 
 @pytest.mark.parametrize("ids,match", [([], "empty"), ([999], "vocabulary"), ([-1], "vocabulary")])
@@ -306,6 +309,34 @@ def test_the_counts_add_up():
     assert stats.running == stats.waiting == stats.blocks_used == 0 < stats.blocks_free
     assert [reply.prompt_tokens for reply in replies] == [20] * 3
     assert stats.cached_tokens == sum(reply.cached_tokens for reply in replies) > 0
+
+
+def greedy_ids(engine):
+    return [reply.ids for [reply] in engine.complete([prompt(n) for n in (1, 9, 30)], GREEDY)]
+
+
+def test_a_released_engine_has_the_weights_alone():
+    model = tiny_gpt()
+    engine = Engine(model, TOKENIZER, frozen=True)
+    engine.release()
+    assert all(p.is_meta for p in model.parameters())
+    for _ in range(2):
+        assert greedy_ids(engine) == greedy_ids(Engine(MODEL, TOKENIZER))
+        engine.reset()
+    with pytest.raises(ValueError, match="frozen"):
+        Engine(tiny_gpt(), TOKENIZER).release()
+
+
+@pytest.mark.parametrize("static", [None, True])
+def test_after_a_reset_nothing_is_left_of_before(static):
+    engine = Engine(MODEL, TOKENIZER, static=static, graphs=False, frozen=True)
+    engine.submit(prompt(20), GREEDY, n=2)
+    engine.step()
+    for memory in engine.cache.memory:
+        memory.fill_(float("nan"))
+    engine.reset()
+    assert not engine.busy and engine.stats().blocks_used == 0
+    assert greedy_ids(engine) == greedy_ids(Engine(MODEL, TOKENIZER))
 
 
 @pytest.mark.parametrize("top", [-1, 21, 1.5])

@@ -1,4 +1,4 @@
-"""The decode step in C (native.py, kernels/cpu_forward) against GPT.forward; how it is compiled, and without it."""
+"""Steps in C (native.py, kernels/cpu_forward) against GPT.forward; how it is compiled, and without it."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def script(path, text):
 
 @st.composite
 def cases(draw):
-    """A shape, rows of any lengths, the tokens that all begin with, tokens a block, threads, who reads."""
+    """A shape, rows of any lengths, the tokens that all begin with, tokens a block, threads, how C reads (0: torch)."""
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 3))
     layers = draw(st.integers(1, 4))
@@ -57,7 +57,7 @@ def cases(draw):
     }  # fmt: skip
     size, shared = draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([0, 0, 16, 32]))
     lengths = draw(st.lists(st.integers(shared, 58), min_size=1, max_size=20))
-    return shape, lengths, shared, size, draw(st.integers(1, 3)), draw(st.booleans())
+    return shape, lengths, shared, size, draw(st.integers(1, 3)), draw(st.sampled_from([0, 7, 50]))
 
 
 def check(case):
@@ -89,17 +89,18 @@ def test_other_vectors_compute_the_same(flags, tmp_path, monkeypatch):
     assert library.panel_columns() == (16 if flags else 8)
     monkeypatch.setattr(cpu_forward, "library", lambda: library)
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
-        check(({"n_embd": 40}, [11] * rows, 0, 4, 2, False))
+        check(({"n_embd": 40}, [11] * rows, 0, 4, 2, rows))
     check_int8()
 
 
-def test_long_rows_and_a_wide_model():
+@pytest.mark.parametrize("parts", [0, 170])
+def test_long_rows_and_a_wide_model(parts):
     model = tiny_gpt(3, sequence_len=300, n_embd=192, n_head=3, n_kv_head=3, window_pattern="100,L")
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
                 p.mul_(0.4)  # logits of a usual size: in fp32 rounding grows with them
-    fast, slow = both(model, [280, 129, 16, 250, 3, 0, 77, 200, 90], way="native", size=16)
+    fast, slow = both(model, [280, 129, 16, 250, 3, 0, 77, 200, 90], way="native", size=16, parts=parts)
     torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
 
 
@@ -122,6 +123,10 @@ def check_int8():
     lengths = [20, 3, 30, 9, 1]  # more rows than INT8_ROWS: torch computes in fp32 with rounded weights
     fast, _ = both(tiny_gpt(n_embd=64), lengths, int8=True, way="native")
     slow, _ = both(tiny_gpt(n_embd=64), lengths, int8=True)
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
+    lengths = [20, 33, 47, 13, 12]  # parts of 7 that leave more than INT8_ROWS too
+    fast, _ = both(tiny_gpt(n_embd=64), lengths, int8=True, way="native", parts=50)
+    slow, _ = both(tiny_gpt(n_embd=64), lengths, int8=True, way="rows")
     torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
 
 
@@ -156,7 +161,7 @@ sys.path.insert(0, "tests")
 import torch
 from test_native import check
 torch.get_num_threads = lambda: 3  # for us; torch itself has one, as its threads do not survive a fork
-case = {}, [5, 9, 30], 0, 4, 1, True
+case = {}, [5, 9, 30], 0, 4, 1, 7
 check(case)
 child = os.fork()
 check(case)

@@ -219,5 +219,7 @@ def test_text_of_many_replies_travels_in_larger_pieces_and_a_last_one_at_once(mo
     assert few < many / 2
     assert flushed(few, 1) and not flushed(few / 2, 1)
     assert flushed(many, 64) and not flushed(few, 64) and flushed(0, 64, urgent=True)
+    loop.workers = 2  # the front has those of the other one too
+    assert not flushed(many, 64) and flushed(2 * many, 64) and flushed(worker.FLUSH_MOST, 10_000)
     engine.busy = False
     assert flushed(0, 64)

@@ -1,8 +1,8 @@
-/* A decode step on a CPU in fp32: tokens and pieces of the cache in, logits out; nanochat/decode.py is its slow twin.
+/* A step on a CPU in fp32: tokens and pieces of the cache in, logits out; nanochat/decode.py is its slow twin.
 
    Weights come in panels: PANEL columns side by side for all of the depth, so that a product reads memory in one line
    and keeps TILE rows of sums in registers. Norms have no weight, so a row's norm is one factor of its products. Threads
-   share the columns of a product, the rows of a small operation and the (row, heads) of attention, and meet between.
+   share the columns of a product, the rows of a small operation and the (rows, heads) of attention, and meet between.
 
    Shape letters: N rows, C width, H heads, Hkv key/value heads, G = H / Hkv, D head dim. Lines of the scratch memory are
    padded to whole panels, of zeros. No -ffast-math: NaN stays NaN. */
@@ -11,7 +11,8 @@
 #include "cpu_threads.h"
 #include "cpu_draw.h"
 
-#define KEYS 8 /* tokens whose values are added to a sum while it is in registers */
+#define KEYS 8  /* tokens whose values are added to a sum while it is in registers */
+#define TOGETHER 4 /* rows whose common keys and values are read once */
 
 /* ---- what Python fills in (nanochat/native.py): the order and types of these members are known there ------------- */
 
@@ -90,45 +91,136 @@ static void weigh(float *scores, int64_t n) {
     for (i = 0; i < lines; i += LANES) store(scores + i, load(scores + i) * inverse);
 }
 
-/* y (D) += sum of p[i] * v[i * line] */
-INLINE void add_values(const int count, const float *p, const float *v, int64_t line, int64_t dim, float *y) {
+/* A row's share of attention, in the kv heads that are looked at. */
+typedef struct {
+    const int64_t *pieces; /* (start, stop) of what it sees */
+    int64_t count;
+    const float *q;    /* (H, D) */
+    float *y, *scores; /* (H, D), and a line of score_line for each head */
+} Row;
+
+/* What is looked at: kv heads low to high - 1 of `rows`, TOGETHER of them or one. */
+typedef struct {
+    const Model *model;
+    const Layer *layer;
+    int64_t low, high, score_line;
+    Row rows[TOGETHER];
+} Look;
+
+/* scores of `rows` rows with TOGETHER keys that lie `step` apart */
+INLINE void score(const int rows, const float *const *q, const float *k, int64_t step, int64_t dim,
+                  float *const *scores) {
+    vec sum[TOGETHER][TOGETHER];
     int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) {
-        vec sum = load(y + d);
-        for (int i = 0; i < count; i++) sum += p[i] * load(v + i * line + d);
-        store(y + d, sum);
+    for (int row = 0; row < rows; row++)
+        for (int i = 0; i < TOGETHER; i++) sum[row][i] = (vec){0};
+    for (; d + LANES <= dim; d += LANES)
+        for (int i = 0; i < TOGETHER; i++)
+            for (int row = 0; row < rows; row++) sum[row][i] += load(q[row] + d) * load(k + i * step + d);
+    for (int row = 0; row < rows; row++) {
+        four_totals(sum[row], scores[row]);
+        for (int64_t rest = d; rest < dim; rest++)
+            for (int i = 0; i < TOGETHER; i++) scores[row][i] += q[row][rest] * k[i * step + rest];
     }
-    for (; d < dim; d++)
-        for (int i = 0; i < count; i++) y[d] += p[i] * v[i * line + d];
 }
 
-/* What a row sees in kv heads low to high - 1. q, y (H, D); scores: G lines a kv head. */
-static void look(const Model *m, const Layer *layer, const int64_t *pieces, int64_t count, int64_t low, int64_t high,
-                 const float *q, float *scores, int64_t line, float *y) {
+/* y of `rows` rows += sum of p[i] * v[i * step], in `lines` vectors of it */
+INLINE void add_lines(const int rows, const int lines, int64_t keys, const float *const *p, const float *v,
+                      int64_t step, int64_t d, float *const *y) {
+    vec sum[TOGETHER][2];
+    for (int row = 0; row < rows; row++)
+        for (int line = 0; line < lines; line++) sum[row][line] = load(y[row] + d + line * LANES);
+    for (int64_t i = 0; i < keys; i++)
+        for (int line = 0; line < lines; line++)
+            for (int row = 0; row < rows; row++) sum[row][line] += p[row][i] * load(v + i * step + d + line * LANES);
+    for (int row = 0; row < rows; row++)
+        for (int line = 0; line < lines; line++) store(y[row] + d + line * LANES, sum[row][line]);
+}
+
+INLINE void add_values(const int rows, int64_t keys, const float *const *p, const float *v, int64_t step, int64_t dim,
+                       float *const *y) {
+    int64_t d = 0;
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) add_lines(rows, 2, keys, p, v, step, d, y);
+    for (; d + LANES <= dim; d += LANES) add_lines(rows, 1, keys, p, v, step, d, y);
+    for (; d < dim; d++)
+        for (int row = 0; row < rows; row++)
+            for (int64_t i = 0; i < keys; i++) y[row][d] += p[row][i] * v[i * step + d];
+}
+
+/* Tokens start to stop - 1 of the cache, which `rows` rows from `first` on see as their tokens from at[row] on: their
+   scores, or with `values` what they bring. */
+INLINE void span(const Look *l, const int rows, int first, int64_t start, int64_t stop, const int64_t *at,
+                 const int values) {
+    const Model *m = l->model;
     const int64_t dim = m->dim, group = m->heads / m->kv_heads, step = m->kv_heads * dim;
-    int64_t seen = 0;
-    for (int64_t p = 0; p < count; p++)
-        for (int64_t slot = pieces[2 * p]; slot < pieces[2 * p + 1]; slot++, seen++)
-            for (int64_t h = low; h < high; h++)
-                for (int64_t g = h * group; g < (h + 1) * group; g++)
-                    scores[(g - low * group) * line + seen] = dot(q + g * dim, layer->keys + slot * step + h * dim, dim);
-    for (int64_t g = low * group; g < high * group; g++) {
-        weigh(scores + (g - low * group) * line, seen);
-        memset(y + g * dim, 0, sizeof(float) * (size_t)dim);
-    }
-    seen = 0;
-    for (int64_t p = 0; p < count; p++)
-        for (int64_t slot = pieces[2 * p], n; slot < pieces[2 * p + 1]; slot += n, seen += n) {
-            n = least(KEYS, pieces[2 * p + 1] - slot);
-            for (int64_t h = low; h < high; h++)
-                for (int64_t g = h * group; g < (h + 1) * group; g++) {
-                    const float *p_ = scores + (g - low * group) * line + seen, *v = layer->values + slot * step + h * dim;
-                    if (n == KEYS)
-                        add_values(KEYS, p_, v, step, dim, y + g * dim);
-                    else
-                        for (int64_t i = 0; i < n; i++) add_values(1, p_ + i, v + i * step, step, dim, y + g * dim);
-                }
+    for (int64_t slot = start, n; slot < stop; slot += n) {
+        n = least(values ? KEYS : TOGETHER, stop - slot);
+        for (int64_t g = l->low * group; g < l->high * group; g++) {
+            const int64_t here = slot * step + g / group * dim;
+            const float *k = l->layer->keys + here, *v = l->layer->values + here, *q[TOGETHER];
+            float *y[TOGETHER], *p[TOGETHER];
+            for (int row = 0; row < rows; row++) {
+                const Row *r = l->rows + first + row;
+                q[row] = r->q + g * dim;
+                y[row] = r->y + g * dim;
+                p[row] = r->scores + (g - l->low * group) * l->score_line + at[first + row] + slot - start;
+            }
+            if (values)
+                add_values(rows, n, (const float *const *)p, v, step, dim, y);
+            else if (n == TOGETHER)
+                score(rows, q, k, step, dim, p);
+            else
+                for (int row = 0; row < rows; row++)
+                    for (int64_t i = 0; i < n; i++) p[row][i] = dot(q[row], k + i * step, dim);
         }
+    }
+}
+
+/* All that each row sees: together for as long as they stand at the same place of the cache, then each alone. */
+INLINE void walk(const Look *l, const int rows, int64_t *seen, const int values) {
+    int64_t next[TOGETHER] = {0}, place[TOGETHER], low = 0, together = rows > 1;
+    for (int row = 0; row < rows; row++) {
+        seen[row] = 0;
+        place[row] = l->rows[row].pieces[0];
+        low = place[row] > low ? place[row] : low;
+    }
+    for (int row = 0; row < rows; row++) together = together && low < l->rows[row].pieces[1];
+    for (int row = 0; together && row < rows; row++) { /* where a window begins earlier */
+        span(l, 1, row, place[row], low, seen, values);
+        seen[row] += low - place[row];
+    }
+    while (together) {
+        int64_t high = l->rows[0].pieces[2 * next[0] + 1];
+        for (int row = 1; row < rows; row++) high = least(high, l->rows[row].pieces[2 * next[row] + 1]);
+        span(l, rows, 0, low, high, seen, values);
+        for (int row = 0; row < rows; row++) {
+            const Row *r = l->rows + row;
+            seen[row] += high - low;
+            place[row] = high;
+            if (high == r->pieces[2 * next[row] + 1]) place[row] = ++next[row] < r->count ? r->pieces[2 * next[row]] : -1;
+            together = together && place[row] >= 0 && place[row] == place[0];
+        }
+        low = place[0];
+    }
+    for (int row = 0; row < rows; row++) {
+        const Row *r = l->rows + row;
+        for (; next[row] < r->count; place[row] = ++next[row] < r->count ? r->pieces[2 * next[row]] : -1) {
+            span(l, 1, row, place[row], r->pieces[2 * next[row] + 1], seen, values);
+            seen[row] += r->pieces[2 * next[row] + 1] - place[row];
+        }
+    }
+}
+
+INLINE void look(const Look *l, const int rows) {
+    const int64_t dim = l->model->dim, group = l->model->heads / l->model->kv_heads;
+    int64_t seen[TOGETHER];
+    walk(l, rows, seen, 0);
+    for (int row = 0; row < rows; row++)
+        for (int64_t g = l->low * group; g < l->high * group; g++) {
+            weigh(l->rows[row].scores + (g - l->low * group) * l->score_line, seen[row]);
+            memset(l->rows[row].y + g * dim, 0, sizeof(float) * (size_t)dim);
+        }
+    walk(l, rows, seen, 1);
 }
 
 /* ---- the step ----------------------------------------------------------------------------------------------------- */
@@ -137,8 +229,8 @@ typedef struct {
     const Model *model;
     const Step *step;
     float *x, *x0, *middle, *y, *wide; /* (N, line) each, and (N, wide_line) */
-    float *own;                        /* of each thread: factors of the rows, scores, a head */
-    int64_t line, wide_line, score_line, own_size;
+    float *own;                        /* of each thread: factors of the rows, a head, a panel, scores */
+    int64_t line, wide_line, score_line, panel_size, own_size;
     uint32_t *next; /* of each layer: how many tasks of its attention are taken */
 } Job;
 
@@ -150,7 +242,8 @@ static int64_t lay_out(Job *job, const Model *m, const Step *s) {
     job->line = padded(m->width);
     job->wide_line = padded(inner > qkv ? inner : qkv);
     job->score_line = padded(s->longest);
-    job->own_size = padded(s->rows) + padded(m->dim) + m->heads * job->score_line;
+    job->panel_size = PANEL * (inner > m->width ? inner : m->width);
+    job->own_size = padded(s->rows) + padded(m->dim) + job->panel_size + TOGETHER * m->heads * job->score_line;
     const int64_t lines = s->rows * job->line, wide = s->rows * job->wide_line, own = s->threads * job->own_size;
     if (s->scratch) {
         float *at = s->scratch;
@@ -194,16 +287,25 @@ static void begin(const Job *job, int64_t row) {
 static void attend(const Job *job, int64_t index, float *scores) {
     const Model *m = job->model;
     const Step *s = job->step;
-    const Layer *layer = m->layers + index;
-    const int64_t *starts = s->starts + layer->group * (s->rows + 1);
-    const int64_t parts = least(m->kv_heads, (2 * s->threads + s->rows - 1) / s->rows); /* of a row: enough for all */
+    Look l = {.model = m, .layer = m->layers + index, .score_line = job->score_line};
+    const int64_t *starts = s->starts + l.layer->group * (s->rows + 1);
+    const int64_t rows = s->rows * m->kv_heads < 2 * TOGETHER * s->threads ? 1 : TOGETHER; /* of a task */
+    const int64_t tasks = (s->rows + rows - 1) / rows;
+    const int64_t parts = least(m->kv_heads, (2 * s->threads + tasks - 1) / tasks); /* of the heads: enough for all */
     for (;;) {
         const int64_t task = __atomic_fetch_add(job->next + index, 1, __ATOMIC_RELAXED);
-        if (task >= s->rows * parts) return;
-        const int64_t row = task / parts, low = m->kv_heads * (task % parts) / parts;
-        const int64_t high = m->kv_heads * (task % parts + 1) / parts;
-        look(m, layer, s->pieces + 2 * starts[row], starts[row + 1] - starts[row], low, high,
-             job->wide + row * job->wide_line, scores, job->score_line, job->y + row * job->line);
+        if (task >= tasks * parts) return;
+        const int64_t first = task / parts * rows, count = least(rows, s->rows - first);
+        l.low = m->kv_heads * (task % parts) / parts;
+        l.high = m->kv_heads * (task % parts + 1) / parts;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t row = first + i, *start = starts + row, at = count == TOGETHER ? i : 0;
+            l.rows[at] = (Row){.pieces = s->pieces + 2 * start[0], .count = start[1] - start[0],
+                               .q = job->wide + row * job->wide_line, .y = job->y + row * job->line,
+                               .scores = scores + at * m->heads * job->score_line};
+            if (count < TOGETHER) look(&l, 1);
+        }
+        if (count == TOGETHER) look(&l, TOGETHER);
     }
 }
 
@@ -217,10 +319,11 @@ static void block(const Job *job, int64_t index, int thread, int threads) {
     const Step *s = job->step;
     const Layer *layer = m->layers + index;
     const int64_t rows = s->rows, *starts = s->starts + layer->group * (rows + 1);
-    float *scales = job->own + thread * job->own_size, *head = scales + padded(rows), *scores = head + padded(m->dim);
+    float *scales = job->own + thread * job->own_size, *head = scales + padded(rows);
+    float *panel = head + padded(m->dim), *scores = panel + job->panel_size;
     norms(job, job->x, rows, scales);
     Fate wide = {.how = PLAIN, .scales = scales, .y = job->wide, .line = job->wide_line};
-    multiply(&layer->qkv, job->x, job->line, rows, wide, thread, threads);
+    multiply(&layer->qkv, job->x, job->line, rows, wide, panel, thread, threads);
     meet(threads);
     for (int64_t row = part(rows, thread, threads); row < part(rows, thread + 1, threads); row++)
         place(m, layer, job->x + row * job->line, scales[row], s->ids[row], s->positions[row],
@@ -229,11 +332,11 @@ static void block(const Job *job, int64_t index, int thread, int threads) {
     attend(job, index, scores);
     meet(threads);
     Fate added = {.how = ADDED, .y = job->x, .line = job->line};
-    multiply(&layer->out, job->y, job->line, rows, added, thread, threads);
+    multiply(&layer->out, job->y, job->line, rows, added, panel, thread, threads);
     meet(threads);
     norms(job, job->x, rows, scales);
     wide.how = SQUARED;
-    multiply(&layer->up, job->x, job->line, rows, wide, thread, threads);
+    multiply(&layer->up, job->x, job->line, rows, wide, panel, thread, threads);
     meet(threads);
     Fate mixed = {.how = MIXED, .y = job->x, .line = job->line, .x0 = job->x0, .by = m->backout};
     if (index == m->depth / 2) mixed.middle = job->middle;
@@ -243,7 +346,7 @@ static void block(const Job *job, int64_t index, int thread, int threads) {
         mixed.keep = layer[1].keep;
         mixed.first = layer[1].first;
     }
-    multiply(&layer->down, job->wide, job->wide_line, rows, mixed, thread, threads);
+    multiply(&layer->down, job->wide, job->wide_line, rows, mixed, panel, thread, threads);
     meet(threads);
 }
 
@@ -264,10 +367,10 @@ static void work(const void *argument, int thread, int threads) {
         meet(threads);
     }
     if (!rows) return;
-    float *scales = job->own + thread * job->own_size;
+    float *scales = job->own + thread * job->own_size, *panel = scales + padded(s->rows) + padded(m->dim);
     norms(job, x, rows, scales);
     Fate logits = {.how = CAPPED, .scales = scales, .y = s->logits, .line = m->head.columns, .cap = m->softcap};
-    multiply(&m->head, x, job->line, rows, logits, thread, threads);
+    multiply(&m->head, x, job->line, rows, logits, panel, thread, threads);
 }
 
 void forward(const Model *m, const Step *s) {

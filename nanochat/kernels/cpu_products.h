@@ -21,6 +21,7 @@
 #define TILE 4
 #endif
 #define PANEL (2 * LANES)
+#define NEAR 64 /* rows of a product at a time */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -39,8 +40,10 @@ INLINE vec where(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) |
 
 #if defined(__clang__)
 #define SHUFFLED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#define PICKED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLED(v, ...) __builtin_shuffle(v, (ints){__VA_ARGS__})
+#define PICKED(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
 #endif
 
 INLINE float total(vec v) {
@@ -55,6 +58,29 @@ INLINE float total(vec v) {
     v += SHUFFLED(v, 2, 3, 0, 1);
 #endif
     return v[0] + v[1];
+}
+
+/* The totals of four vectors: halves of two are added in one vector, quarters of four, and so on. */
+INLINE void four_totals(const vec *v, float *out) {
+#if LANES == 16
+    vec two[2], four;
+    for (int i = 0; i < 2; i++)
+        two[i] = PICKED(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                 PICKED(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    four = PICKED(two[0], two[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           PICKED(two[0], two[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    four += SHUFFLED(four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    for (int i = 0; i < 4; i++) out[i] = four[4 * i] + four[4 * i + 1];
+#elif LANES == 8
+    vec two[2], four;
+    for (int i = 0; i < 2; i++)
+        two[i] = PICKED(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                 PICKED(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    four = PICKED(two[0], two[1], 0, 1, 4, 5, 8, 9, 12, 13) + PICKED(two[0], two[1], 2, 3, 6, 7, 10, 11, 14, 15);
+    for (int i = 0; i < 4; i++) out[i] = four[2 * i] + four[2 * i + 1];
+#else
+    for (int i = 0; i < 4; i++) out[i] = total(v[i]);
+#endif
 }
 
 INLINE float dot(const float *a, const float *b, int64_t n) {
@@ -209,31 +235,39 @@ INLINE void put_capped(const Fate *fate, int64_t row, int64_t column, vec v, int
     memcpy(fate->y + row * fate->line + column, x, sizeof(float) * (size_t)least(LANES, columns - column));
 }
 
-/* This thread's columns of x (N, depth) times the matrix. */
-static void multiply(const Matrix *m, const float *x, int64_t line, int64_t rows, Fate fate, int thread, int threads) {
-    const int64_t panels = padded(m->columns) / PANEL, size = m->depth * PANEL * (m->scale ? 1 : 4);
-    const int64_t tiles = (rows + TILE - 1) / TILE, stop = part(panels, thread + 1, threads);
-    const int64_t stride = (PANEL * (m->scale ? 1 : 4) + tiles - 1) / tiles; /* each tile fetches its share of the next */
+/* This thread's columns of x (N, depth) times the matrix. room: (depth, PANEL), for whole numbers as floats. */
+static void multiply(const Matrix *m, const float *x, int64_t line, int64_t rows, Fate fate, float *room, int thread,
+                     int threads) {
+    const int64_t panels = padded(m->columns) / PANEL, stop = part(panels, thread + 1, threads);
+    const int64_t size = m->depth * PANEL * (m->scale ? 1 : 4);
     vec sums[TILE][2];
-    for (int64_t p = part(panels, thread, threads); p < stop; p++) {
-        const char *panel = (const char *)m->panels + p * size;
-        const char *next = p + 1 < stop ? panel + size : (const char *)m->panels; /* a fetch of any address is harmless */
-        for (int64_t t = 0; t < tiles; t++) {
-            const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
-            (m->scale ? whole_tile : float_tile)((int)count, x + row * line, line, panel, m->depth,
-                                                 next + t * stride * m->depth, stride, sums);
-            for (int64_t i = 0; i < count; i++)
-                for (int half = 0; half < 2; half++) {
-                    const int64_t column = p * PANEL + half * LANES;
-                    vec v = sums[i][half];
-                    if (m->scale) v *= load(m->scale + column);
-                    if (fate.scales) v *= fate.scales[row + i];
-                    if (fate.how != CAPPED)
-                        put(&fate, row + i, column, v);
-                    else if (column < m->columns)
-                        put_capped(&fate, row + i, column, v, m->columns);
-                }
+    for (int64_t begin = 0, end; begin < rows; begin = end) { /* rows of x that stay near while all panels pass */
+        end = least(begin + NEAR, rows);
+        const int64_t tiles = (end - begin + TILE - 1) / TILE;
+        const int64_t stride = (PANEL * (m->scale ? 1 : 4) + tiles - 1) / tiles; /* each tile fetches of the next panel */
+        const int widened = m->scale && tiles > 1;
+        for (int64_t p = part(panels, thread, threads); p < stop; p++) {
+            const char *panel = (const char *)m->panels + p * size;
+            const char *next = p + 1 < stop ? panel + size : (const char *)m->panels; /* any address is harmless */
+            for (int64_t i = 0; widened && i < m->depth * PANEL; i += LANES) store(room + i, weights(panel, i, 1));
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t row = begin + (end - begin) * t / tiles;
+                const int64_t count = begin + (end - begin) * (t + 1) / tiles - row;
+                (m->scale && !widened ? whole_tile : float_tile)(
+                    (int)count, x + row * line, line, widened ? (const void *)room : panel, m->depth,
+                    next + t * stride * m->depth, stride, sums);
+                for (int64_t i = 0; i < count; i++)
+                    for (int half = 0; half < 2; half++) {
+                        const int64_t column = p * PANEL + half * LANES;
+                        vec v = sums[i][half];
+                        if (m->scale) v *= load(m->scale + column);
+                        if (fate.scales) v *= fate.scales[row + i];
+                        if (fate.how != CAPPED)
+                            put(&fate, row + i, column, v);
+                        else if (column < m->columns)
+                            put_capped(&fate, row + i, column, v, m->columns);
+                    }
+            }
         }
     }
 }
-

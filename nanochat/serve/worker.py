@@ -34,7 +34,8 @@ from nanochat.serve import wire
 from nanochat.streaming import ReplyStream, StopFinder
 
 FLUSH_SECONDS = 0.02  # no eye sees the difference, and the front handles fewer, larger pieces
-FLUSH_SHARE = 0.0015  # or so many seconds for each reply in flight: no more than some 700 pieces a second in all
+FLUSH_SHARE = 0.0015  # or so many seconds for each reply in flight: no more than some 700 pieces a second in all,
+FLUSH_MOST = 0.2  # until pieces would come so rarely that it shows
 STATS_SECONDS = 0.25
 MAX_FAILURES = 3  # steps that fail in a row, before the process gives up and the front starts another
 
@@ -130,10 +131,10 @@ def spelled(tokenizer, token: int) -> tuple[str, list[int]]:
 
 
 class Worker:
-    """Serves an engine over two blocking files until the input ends."""
+    """Serves an engine over two blocking files until the input ends; it is one of `workers` that share a front."""
 
-    def __init__(self, engine: Engine, source: BinaryIO, sink: BinaryIO):
-        self.engine, self.source, self.sink = engine, source, sink
+    def __init__(self, engine: Engine, source: BinaryIO, sink: BinaryIO, workers: int = 1):
+        self.engine, self.source, self.sink, self.workers = engine, source, sink, workers
         self.replies: dict[Sequence, Reply] = {}
         self.inbox: deque[dict] = deque()
         self.wake = threading.Condition()
@@ -212,12 +213,12 @@ class Worker:
         self.failures += 1
         for sequence, reply in list(self.replies.items()):
             self._end(sequence, reply, "error")
-        self.engine = self.engine.fresh()
+        self.engine.reset()
 
     def _flush(self) -> None:
         """Send what is due."""
         now = time.monotonic()
-        wait = max(FLUSH_SECONDS, FLUSH_SHARE * len(self.replies))
+        wait = max(FLUSH_SECONDS, min(FLUSH_MOST, FLUSH_SHARE * len(self.replies) * self.workers))
         everything = now - self.flushed >= wait or not self.engine.busy
         due = [reply for reply in self.pending if everything or reply.urgent]
         if everything:
@@ -238,16 +239,18 @@ class Worker:
             self.closing = True
 
 
-def serve(engine: Engine, source: BinaryIO, sink: BinaryIO) -> None:
+def serve(engine: Engine, source: BinaryIO, sink: BinaryIO, workers: int) -> None:
     """Say what the engine can do, then serve it until the input ends."""
     config = engine.model.config
     facts = {"context": engine.max_len, "vocab": config.vocab_size, "slots": engine.slots, "device": str(engine.device)}
     wire.write(sink, {"ready": {**facts, "pid": os.getpid()}})
-    Worker(engine, source, sink).run()
+    Worker(engine, source, sink, workers).run()
 
 
 def load(order: dict) -> Engine:
-    """The engine that the front ordered: {"path", "number", "device_type", "dtype", "slots", "threads"}."""
+    """The engine that the front ordered: {"path", "number", "device_type", "dtype", "slots", "threads",
+    "workers"}.
+    """
     import torch
 
     from nanochat import attention, checkpoint, runtime
@@ -265,7 +268,9 @@ def load(order: dict) -> Engine:
     attend = attention.choose(device, dtype).attend
     model, tokenizer, _ = checkpoint.build_model(Path(order["path"]), device=device, dtype=dtype, attend=attend)
     model = model.to(dtype) if dtype != torch.float32 else model
-    return Engine(model, tokenizer, slots=order["slots"], frozen=True)
+    engine = Engine(model, tokenizer, slots=order["slots"], frozen=True)
+    engine.release()
+    return engine
 
 
 def main() -> None:
@@ -282,7 +287,7 @@ def main() -> None:
     except UserError as error:
         wire.write(sink, {"refused": str(error)})
         return
-    serve(engine, source, sink)
+    serve(engine, source, sink, order["load"]["workers"])
 
 
 if __name__ == "__main__":
