@@ -34,7 +34,9 @@ def find(runner, cache: KVCache) -> Native | None:
 
 
 class Native:
-    """Runs batches of tokens, each seeing its sequence up to itself. Call `refresh` before the first and whenever the weights have changed."""
+    """Runs batches of tokens, each seeing its sequence up to itself. Call `refresh` before the first, and whenever the
+    weights have changed.
+    """
 
     def __init__(self, runner: Runner, cache: KVCache, kernels):
         self.runner, self.cache, self.kernels = runner, cache, kernels
