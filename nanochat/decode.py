@@ -142,9 +142,10 @@ class Runner:
 
     def __init__(self, model: GPT, int8: bool = False):
         self.model, self._kind = model, Int8Matrix if int8 else Matrix
-        stored = model.lm_head.weight.dtype
-        self.dtype = model.compute_dtype if stored == torch.float32 else stored
-        self.device = model.lm_head.weight.device
+        stored, self.device = model.lm_head.weight.dtype, model.lm_head.weight.device
+        # a CPU answers in fp32 while it trains in bf16 too: each step reads all weights, and our C reads those fastest
+        cast = stored == torch.float32 and self.device.type != "cpu"
+        self.dtype = model.compute_dtype if cast else stored
         if int8 and self.device.type != "cpu":
             raise UserError("int8 weights are for CPUs: leave int8 out on this device.")
 

@@ -122,6 +122,13 @@ def test_half_precision_stays_near(stored):
     assert (fast - slow).abs().mean() < 0.1 and fast.dtype == torch.float32
 
 
+def test_a_cpu_answers_in_fp32_while_it_trains_in_bf16():
+    model = tiny_gpt()
+    model.compute_dtype = torch.bfloat16
+    engine = Engine(model, TOKENIZER)
+    assert engine.runner.dtype == torch.float32 and isinstance(engine.decoder, native.Native)
+
+
 def test_8_bit_weights_are_near_and_the_same_for_few_rows_and_many():
     few, slow = both(tiny_gpt(n_embd=64), [20, 3], int8=True)
     many, _ = both(tiny_gpt(n_embd=64), [20, 3] + [5] * INT8_ROWS, int8=True)
