@@ -58,6 +58,12 @@ def test_one_question_prints_only_the_answer_pitfall_30(says, capsys):
     assert result["tokens"] == 9 and result["reply"] == [{"type": "text", "text": "Hello you"}]
 
 
+def test_weights_of_8_bits_are_a_flag(base_dir):
+    save_checkpoint("sft", "d3")
+    engine, _ = chat_cli.load_engine(Config(device_type="cpu", int8=True))
+    assert engine.decoder.model.head.scale and all(p.is_meta for p in engine.model.parameters())
+
+
 def test_multi_byte_characters_are_printed_whole_pitfall_30(says, capsys, monkeypatch):
     says(list("naïve 数学 🙂".encode()))
     written = []

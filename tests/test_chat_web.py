@@ -18,7 +18,7 @@ from tiny_model import TOKENIZER, save_checkpoint
 from nanochat import cli
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling
-from nanochat.serve import guard, server
+from nanochat.serve import guard, server, worker
 from nanochat.serve.api import create_app
 from nanochat.serve.desk import Desk, Settings
 from nanochat.serve.pool import Pool, Worker
@@ -604,6 +604,16 @@ def test_mistakes_are_sentences(base_dir, flags, words):
     save_checkpoint("sft", "d3")
     with pytest.raises(UserError, match=words):
         chat_web.main(chat_web.Config(**{"device_type": "cpu", **flags}))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_an_engine_process_holds_the_weights_once_and_as_ordered(int8, base_dir):
+    save_checkpoint("sft", "d3")
+    [front] = chat_web.workers(chat_web.Config(device_type="cpu", int8=int8))
+    engine = worker.load(front.order | {"threads": 0})  # as many as there are
+    assert all(p.is_meta for p in engine.model.parameters())
+    assert bool(engine.decoder.model.head.scale) == int8  # a scale for each row
+    assert engine.complete([[1, 2]], Sampling(max_tokens=3))[0][0].ids
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ def serve(engine: Engine, source: BinaryIO, sink: BinaryIO, workers: int) -> Non
 
 def load(order: dict) -> Engine:
     """The engine that the front ordered: {"path", "number", "device_type", "dtype", "slots", "threads",
-    "workers"}.
+    "workers", "int8"}.
     """
     import torch
 
@@ -268,7 +268,7 @@ def load(order: dict) -> Engine:
     attend = attention.choose(device, dtype).attend
     model, tokenizer, _ = checkpoint.build_model(Path(order["path"]), device=device, dtype=dtype, attend=attend)
     model = model.to(dtype) if dtype != torch.float32 else model
-    engine = Engine(model, tokenizer, slots=order["slots"], frozen=True)
+    engine = Engine(model, tokenizer, slots=order["slots"], frozen=True, int8=order["int8"])
     engine.release()
     return engine
 
