@@ -90,6 +90,17 @@ def open_corpus(name: str = "climbmix", val_shard: str | None = None, shards: in
     return _open_folder(name, val_shard)
 
 
+def open_inherited(known: dict | None, name: str = "", val_shard: str = "", shards: int | None = None) -> "Corpus":
+    """The corpus of the flags, else that of an earlier stage; `known` is its identity, in tokenizer or checkpoint.
+
+    Its validation shard is inherited too, where none is asked for.
+    """
+    known = known or {"dataset": "climbmix"}
+    if name in ("", known["dataset"]):
+        name, val_shard = known["dataset"], val_shard or known.get("val_shard") or ""
+    return open_corpus(name, val_shard or None, shards)
+
+
 class Corpus(abc.ABC):
     """Documents of two splits. `identity` says in JSON which; equal identities mean the same documents.
 

@@ -60,10 +60,7 @@ def check(cfg: Config) -> list[str]:
 
 def bits(model, tokenizer, meta: dict, cfg: Config, rt: runtime.Runtime) -> dict[str, float]:
     """Bits per byte of the first --split-tokens tokens of both splits, the same rows whatever batch and world."""
-    trained = meta.get("dataset", {})
-    name = cfg.dataset or trained.get("dataset", "climbmix")
-    folder = name == trained.get("dataset") and name not in (*dataset.HUB, "tinyworld")
-    corpus = dataset.open_corpus(name, cfg.val_shard or (trained.get("val_shard") if folder else None))
+    corpus = dataset.open_inherited(meta.get("dataset"), cfg.dataset, cfg.val_shard)
     found = {}
     for split in ("train", "val"):
         rows = dataloader.eval_batches(

@@ -55,7 +55,7 @@ class Config:
     seed: int = 42  # of the initial weights
     # data
     dataset: str = ""  # climbmix, fineweb-edu, tinyworld or a folder of parquet; empty: the tokenizer's own
-    val_shard: str = ""  # a folder's validation shard; empty: its manifest's, else the last by name
+    val_shard: str = ""  # a folder's validation shard; empty: as inherited, its manifest's, or the last by name
     shards: int = -1  # training shards of a hub corpus, also those still being downloaded; -1: those that are there
     packing: str = "crop"  # crop: cut documents to fill rows (published); lossless: lose no token
     # model
@@ -232,11 +232,7 @@ def main(cfg: Config) -> dict:
     peak = hardware.peak_flops(name, fp8=False)
     # 2. tokenizer and corpus -----------------------------------------------------------------------------------------
     tokenizer = Tokenizer.load()
-    corpus = dataset.open_corpus(
-        cfg.dataset or tokenizer.meta.get("dataset", {}).get("dataset", "climbmix"),
-        cfg.val_shard or None,
-        off(cfg.shards),
-    )
+    corpus = dataset.open_inherited(tokenizer.meta.get("dataset"), cfg.dataset, cfg.val_shard, off(cfg.shards))
     nodes.same(rt, tokenizer=tokenizer.fingerprint, dataset=corpus.identity)
     # 3. plan ---------------------------------------------------------------------------------------------------------
     plan = make_plan(with_rows(cfg, tokenizer.vocab_size, rt), tokenizer.vocab_size, rt.world)

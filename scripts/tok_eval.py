@@ -120,14 +120,6 @@ def sample(corpus, split: str) -> str:
     return "\n".join(texts)[:SAMPLE_CHARS]
 
 
-def open_corpus(cfg: Config, tokenizer: Tokenizer):
-    """The corpus that is asked for, else the one that the tokenizer was trained on."""
-    if cfg.dataset:
-        return dataset.open_corpus(cfg.dataset, cfg.val_shard or None)
-    known = tokenizer.meta.get("dataset") or {"dataset": "climbmix", "val_shard": None}
-    return dataset.open_corpus(known["dataset"], cfg.val_shard or known["val_shard"])
-
-
 def tokenizers(ours: Tokenizer) -> tuple[dict[str, Tokenizer], dict[str, str]]:
     """Ours and the built-in ones that can be had; for each of the others, the sentence why not."""
     found, missing = {"ours": ours}, {}
@@ -163,7 +155,7 @@ def main(cfg: Config) -> dict:
     """Measure and print; returns {"bytes_per_token": {tokenizer: {text: ratio}}, "missing": {tokenizer: why}, ...}."""
     # 1. tokenizer and corpus
     ours = Tokenizer.load()
-    corpus = open_corpus(cfg, ours)
+    corpus = dataset.open_inherited(ours.meta.get("dataset"), cfg.dataset, cfg.val_shard)
     texts = {**TEXTS, "train": sample(corpus, "train"), "val": sample(corpus, "val")}
 
     # 2. measure

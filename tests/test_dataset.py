@@ -139,6 +139,20 @@ def test_another_validation_shard_later_is_refused(folder, base_dir, monkeypatch
     ]
 
 
+def test_later_stages_inherit_corpus_and_validation_shard(folder, base_dir, monkeypatch, tmp_path):
+    """From what tokenizer and checkpoint say, even where nothing else does: in another artefact folder."""
+    known = open_corpus(str(folder), val_shard="s1").identity
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "other"))
+    assert dataset.open_inherited(known).identity == known
+    assert dataset.open_inherited(known, known["dataset"]).identity == known
+    with pytest.raises(UserError, match="would now be s0.parquet"):
+        dataset.open_inherited(known, "", "s0")
+    assert dataset.open_inherited(known, "tinyworld").name == "tinyworld"
+    for nothing in (None, {}):
+        with pytest.raises(UserError, match="The corpus climbmix has no"):
+            dataset.open_inherited(nothing)
+
+
 def test_a_validation_shard_that_is_missing_is_refused(folder):
     with pytest.raises(UserError, match="s9.parquet is not in"):
         open_corpus(str(folder), val_shard="s9")
