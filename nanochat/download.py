@@ -121,14 +121,19 @@ def _fetch(
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Only one download at a time into a folder."""
+    """Only one download at a time into a folder; a second one waits: the first may be what a killed recipe left."""
     from filelock import Timeout
 
+    held = lock(folder)
     try:
-        with lock(folder).acquire(timeout=1):  # a reader that looks whether someone downloads holds it for a moment
-            yield
-    except Timeout as error:
-        raise UserError(f"Another download into {folder} is under way: wait until it is done.") from error
+        held.acquire(timeout=1)  # a reader that looks whether someone downloads holds it for a moment
+    except Timeout:
+        print(f"another download into {folder} is under way: waiting until it is done", flush=True)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _manifest(source: HubCorpus, folder: Path) -> dict:

@@ -8,6 +8,7 @@
 # 1 to 7 GPUs               the largest depth that fits memory and an evening (--hours)   ~5 h      scripts.plan
 # CPU or MPS, no GPU        the pocket run: depth 4 on the embedded corpus, no download   ~11 min   dev/bench/
 #
+# Without a GPU, DATASET=climbmix (or fineweb-edu, or FOLDER) trains on real text instead: hours, by runs/runcpu.sh.
 # POCKET=1 forces the pocket run; WANDB_RUN=name logs to wandb; NANOCHAT_BASE_DIR says where everything goes.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')}"
@@ -64,9 +65,11 @@ gpus() {
     stage data_first python -m nanochat.dataset --dataset=climbmix -n 8
     python -m nanochat.dataset --dataset=climbmix -n "$shards" & # the rest arrives while the tokenizer trains
     local download=$!
+    trap "kill $download 2>/dev/null || true" EXIT # Ctrl-C does not reach what runs in the background
     stage tok_train python -m scripts.tok_train --dataset=climbmix
     stage tok_eval python -m scripts.tok_eval
     wait "$download"
+    trap - EXIT
     stage base_train "${launch[@]}" scripts.base_train -- --run="$run" --depth="$depth" --device-batch-size="$rows" \
         --save-every=1000 --resume "$@"
     stage base_eval "${launch[@]}" scripts.base_eval -- --device-batch-size="$rows"
@@ -80,8 +83,10 @@ gpus() {
 
 count=0
 if command -v nvidia-smi >/dev/null; then count=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true); fi
-if [ -n "${POCKET:-}" ] || [ "$count" = 0 ]; then
+if [ -n "${POCKET:-}" ] || { [ "$count" = 0 ] && [ "${DATASET:-tinyworld}" = tinyworld ]; }; then
     pocket
+elif [ "$count" = 0 ]; then
+    exec bash runs/runcpu.sh
 elif [ "$count" -ge 8 ]; then
     gpus 8 24 16 170 --target-param-data-ratio=8 --fp8
 else

@@ -11,12 +11,14 @@ import re
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import download
+from nanochat import download, manifest
 from nanochat.dataset import HUB, HubCorpus, open_corpus
 from nanochat.errors import UserError
 
@@ -246,11 +248,16 @@ def test_a_disk_too_small_is_refused_before_anything_is_fetched(hub, tmp_path, m
     assert not [entry for entry in hub.asked if entry[0] == "GET"]
 
 
-def test_two_downloads_into_one_folder_do_not_mix(hub, tmp_path):
-    from filelock import FileLock
-
-    with FileLock(tmp_path / ".download.lock"), pytest.raises(UserError, match="is under way"):
-        get(hub, tmp_path, 0)
+def test_two_downloads_into_one_folder_do_not_mix(hub, tmp_path, capsys):
+    """The second waits and says so: a recipe that was killed may have left the first one running."""
+    with ThreadPoolExecutor(1) as pool:
+        with manifest.lock(tmp_path):
+            second, said = pool.submit(get, hub, tmp_path, 0), ""
+            while "is under way: waiting" not in said and not second.done():
+                time.sleep(0.02)
+                said += capsys.readouterr().out
+            assert not second.done() and not hub.asked
+        assert second.result(timeout=60)["revision"] == COMMIT
 
 
 def test_progress_is_shown_pitfall_51(hub, tmp_path, capsys):

@@ -59,13 +59,32 @@ def test_every_training_stage_can_go_on(tmp_path):
     assert len(trained) == 3 and all("--resume" in call and "--save-every" in call for call in trained)
 
 
-def test_a_node_of_gpus_chains_the_same_stages_over_all_of_them(tmp_path):
-    card = tmp_path / "bin" / "nvidia-smi"
+def node_of_gpus(folder: Path) -> dict[str, str]:
+    """What makes the recipe see eight GPUs."""
+    card = folder / "bin" / "nvidia-smi"
     card.parent.mkdir()
     card.write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i; done\n")
     card.chmod(0o755)
-    cards = {"PATH": f"{card.parent}:{os.environ['PATH']}", "BASH_FUNC_torchrun%%": PYTHON, "POCKET": ""}
-    status, calls = speedrun(tmp_path, **cards)
+    return {"PATH": f"{card.parent}:{os.environ['PATH']}", "BASH_FUNC_torchrun%%": PYTHON, "POCKET": ""}
+
+
+def machine_without(folder: Path) -> dict[str, str]:
+    """What makes it see none, wherever the tests run."""
+    cards = node_of_gpus(folder)
+    (folder / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho no devices were found >&2\nexit 9\n")
+    return cards
+
+
+def test_without_a_gpu_real_text_is_a_matter_of_asking(tmp_path):
+    machine = machine_without(tmp_path)
+    status, calls = speedrun(tmp_path, **machine, DATASET="/my/shards")
+    assert status == 0 and "tok_train --dataset=/my/shards" in calls[0] and "chat_sft" in calls[-2]
+    (tmp_path / "calls").unlink()
+    assert stages(speedrun(tmp_path, **machine)[1]) == STAGES
+
+
+def test_a_node_of_gpus_chains_the_same_stages_over_all_of_them(tmp_path):
+    status, calls = speedrun(tmp_path, **node_of_gpus(tmp_path))
     assert status == 0
     told = [call for call in calls if "nanochat.dataset" not in call]  # the shards arrive beside the tokenizer
     assert len(calls) - len(told) == 2
@@ -75,6 +94,34 @@ def test_a_node_of_gpus_chains_the_same_stages_over_all_of_them(tmp_path):
     assert launched == [f"scripts.{name}" for name in STAGES[1:7]]
     assert "--depth=24" in next(call for call in told if "base_train" in call)
     assert stages(told[:2]) == ["tok_train", "tok_eval"] and stages(told[-1:]) == ["report"]
+
+
+@pytest.mark.parametrize(("gpus", "extra"), [(False, "cpu"), (True, "gpu")])
+def test_set_up_asks_uv_for_the_extra_that_the_machine_wants(tmp_path, gpus, extra):
+    """And for wheels where pip looks for them."""
+    path = (node_of_gpus if gpus else machine_without)(tmp_path)["PATH"]
+    uv = tmp_path / "bin" / "uv"
+    uv.write_text('#!/bin/sh\necho "$* from $UV_FIND_LINKS"\n')
+    uv.chmod(0o755)
+    env = {"PATH": path, "HOME": str(tmp_path), "PIP_FIND_LINKS": "/one /two"}
+    command = ["bash", "-c", "source runs/setup.sh"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[0] == f"sync --quiet --extra {extra} from /one,/two"
+    assert (tmp_path / ".cache" / "nanochat").is_dir()
+
+
+FETCHES = """() { echo "$*" >>"$CALLS"; case "$*" in
+*"-n 170"*) trap 'touch "$CALLS.stopped"; exit' TERM; touch "$CALLS.fetching"
+    for i in $(seq 200); do sleep 0.05; done;;
+*tok_train*) until [ -e "$CALLS.fetching" ]; do sleep 0.05; done; kill -TERM $$; sleep 1;;
+esac; }"""
+
+
+def test_a_recipe_that_is_stopped_stops_its_download(tmp_path):
+    """It runs in the background, where Ctrl-C is not heard; started again, the recipe would find it under way."""
+    status, calls = speedrun(tmp_path, **node_of_gpus(tmp_path), **{"BASH_FUNC_python%%": FETCHES})
+    assert status == -signal.SIGTERM and sorted(stages(calls))[2:] == ["tok_train"]  # besides twice the data
+    assert (tmp_path / "calls.stopped").exists()
 
 
 # -- scripts.bench_recipe_kill, on a recipe whose python only writes "weights" ---------------------------------------
