@@ -31,6 +31,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
+PUBLISHED_RATES = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}  # where a meta file has none
 YOUNG = 600.0  # seconds since its last change in which a half checkpoint may be one that is being written
 
 
@@ -213,10 +214,22 @@ def convert(cfg: Config) -> list[dict]:
     if step in checkpoint.complete_steps(root):
         raise UserError(f"{root} already has a step {step}: choose another --model-tag.")
     about = {"stage": cfg.source, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer.fingerprint,
-             "converted_from": str(found[step]), "published": meta}  # fmt: skip
+             "converted_from": str(found[step]), "published": meta, **inheritance(meta, model, tokenizer)}  # fmt: skip
     path = saving.save(root, step, model=model, meta=about, runtime=Runtime.single())
     print(f"{found[step]} is now {path}")
     return [{"path": str(path), "done": "converted"}]
+
+
+def inheritance(meta: dict, model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What later stages inherit from a checkpoint's meta; what a published one does not say is as its code had it."""
+    flags = meta.get("user_config") or {}
+    batch = meta.get("total_batch_size") or flags.get("total_batch_size") or -1
+    return {
+        "user_config": {name: flags.get(name, usual) for name, usual in PUBLISHED_RATES.items()},
+        "plan": {"config": dataclasses.asdict(model.config), "batch": batch if batch > 0 else 524_288,
+                 "device_batch_size": meta.get("device_batch_size") or 32},
+        "dataset": tokenizer.meta.get("dataset") or {"dataset": "climbmix", "val_shard": None},
+    }  # fmt: skip
 
 
 def published_model(path: Path, meta: dict) -> GPT:

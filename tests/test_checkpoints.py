@@ -12,6 +12,7 @@ from tiny_model import TOKENIZER
 from nanochat import checkpoint
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from scripts import chat_sft
 from scripts.checkpoints import Config, main
 
 
@@ -112,6 +113,21 @@ def test_the_published_layout_is_converted(old):
     assert checkpoint.load(checkpoint.find("base", "d2")).optimizer() is None
     with pytest.raises(UserError, match="already has a step 700"):
         convert(folder)
+
+
+def test_a_converted_model_can_be_fine_tuned(old, monkeypatch):
+    """As `scripts.checkpoints` says; rates and sizes are those of its meta file, else the published ones."""
+    monkeypatch.setitem(TOKENIZER.meta, "dataset", {"dataset": "tinyworld", "val_shard": None})
+    TOKENIZER.save()
+    path = old[0] / "meta_000700.json"
+    user = {"matrix_lr": 0.05, "total_batch_size": -1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"user_config": user, "total_batch_size": 64}))
+    convert(old[0])
+    meta = checkpoint.load(checkpoint.find("base", "d2")).meta
+    assert meta["user_config"] == {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.05}
+    assert (meta["plan"]["batch"], meta["plan"]["device_batch_size"]) == (64, 32)
+    cfg = chat_sft.Config(model_tag="d2", num_iterations=1, eval_tokens=0, chatcore_every=-1, compile="off")
+    assert chat_sft.main(cfg)["step"] == 1
 
 
 def test_a_pickle_that_would_run_code_is_not_read(old, tmp_path):
