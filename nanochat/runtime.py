@@ -179,7 +179,9 @@ def cpu_vendor() -> str:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
+    """Seed Python, NumPy and torch. UserError: none of theirs (NumPy's generators take no negative one)."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed={seed} must be 0 to 2**63 - 1.")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

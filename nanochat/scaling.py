@@ -198,6 +198,9 @@ def problems_with(values: dict) -> list[str]:
     for name in (*whole, *(n for n in optional if values[n] is not None)):
         if not values[name] > 0:
             found.append(f"{flag(name)}={values[name]} must be at least 1.")
+    for name in ("target_flops", "target_param_data_ratio"):
+        if values[name] == math.inf:
+            found.append(f"{flag(name)}=inf must be finite: a run has an end.")
     if not found and values["head_dim"] % 2:
         found.append(f"--head-dim={values['head_dim']} must be even: rotary positions turn pairs of channels.")
     overruled = values["num_iterations"] is not None or values["target_flops"] is not None

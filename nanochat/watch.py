@@ -37,8 +37,11 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self.times is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a", encoding="utf-8")  # open from now on: a hung disk opens nothing
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "a", encoding="utf-8")  # open from now on: a hung disk opens nothing
+            except OSError as error:  # a full disk: no reason not to train
+                self.log.note("watchdog", f"{self.path} can't be written ({error.strerror}): no step is watched.")
         if self.log.main:
             self._heart.start()
         return self

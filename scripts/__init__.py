@@ -1,15 +1,3 @@
-"""The programs. `python -m scripts.NAME` imports this first: see below."""
+"""The programs. `python -m scripts.NAME` imports this first, and with it what makes Ctrl-C quiet from the start."""
 
-import sys
-
-
-def _quiet(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Ctrl-C while a program imports its libraries, before cli.run is there to hear it, needs no traceback."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped by Ctrl-C.", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
-
-
-if sys.argv[:1] == ["-m"]:  # so it is while `python -m` looks for the program; else an import changes nothing
-    sys.excepthook = _quiet
+import nanochat  # noqa: F401

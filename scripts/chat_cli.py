@@ -29,7 +29,7 @@ import tyro
 
 from nanochat import attention, chat, checkpoint, cli, paths, runtime
 from nanochat.engine import Engine
-from nanochat.errors import UserError
+from nanochat.errors import Stopped, UserError
 from nanochat.sampling import Sampling
 from nanochat.serve import prompts
 from nanochat.streaming import ReplyStream
@@ -343,8 +343,10 @@ def main(cfg: Config) -> dict:
         prompt = prompts.fit(
             [{"role": "user", "content": cfg.prompt}], engine.tokenizer, engine.max_len, cfg.max_tokens
         )
-        begin = time.perf_counter()
-        ids = answer(engine, prompt.ids, cfg.sampling(), screen, Interrupt())
+        begin, interrupt = time.perf_counter(), Interrupt()
+        ids = answer(engine, prompt.ids, cfg.sampling(), screen, interrupt)
+        if interrupt.pressed:  # a shell that asks many questions is to stop too
+            raise Stopped(signal.SIGINT, "stopped by Ctrl-C: the answer is not whole.")
         seconds = time.perf_counter() - begin
         return {"reply": chat.parse_reply(ids, engine.tokenizer), "tokens": len(ids), "seconds": seconds}
     # 3. a conversation -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tiny_model import TOKENIZER, Scripted, ids_of, save_checkpoint, tiny_gpt
 
 from nanochat import chat, cli
 from nanochat.engine import Engine
-from nanochat.errors import UserError
+from nanochat.errors import Stopped, UserError
 from scripts import chat_cli
 from scripts.chat_cli import Config
 
@@ -244,6 +244,21 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_pitfall_30(base_dir):
         terminal.process.kill()
         terminal.process.wait()
         os.close(terminal.master)
+
+
+def test_ctrl_c_during_the_only_answer_ends_the_program(says, monkeypatch, capsys):
+    """With its code: a shell that asks one question after the other is to stop too."""
+    engine = says("Hello you.")
+    step = engine.step
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(Stopped) as stop:
+        chat_cli.main(Config(prompt="Hi"))
+    assert stop.value.signum == signal.SIGINT and "(stopped" in capsys.readouterr().out
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

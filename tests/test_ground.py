@@ -127,6 +127,12 @@ def test_unknown_or_absent_device_is_one_sentence():
             runtime.pick_device("cuda")
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_one_sentence(seed):
+    with pytest.raises(UserError, match=f"--seed={seed} must be 0 to"):
+        runtime.start("cpu", seed)
+
+
 def test_unknown_device_has_no_peak():
     assert hardware.peak_flops("Frob 9000") is None
     assert hardware.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
@@ -310,11 +316,12 @@ def test_a_signal_ends_any_stage_with_a_sentence_its_code_and_nothing_half(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_while_a_program_imports_its_libraries_is_no_traceback(tmp_path):
+@pytest.mark.parametrize(("program", "library"), [("scripts.plan", "torch"), ("nanochat.dataset", "pyarrow")])
+def test_ctrl_c_while_a_program_imports_its_libraries_is_no_traceback(tmp_path, program, library):
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # the background ignores it
-    (tmp_path / "torch.py").write_text(f"{heard}\nimport time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / f"{library}.py").write_text(f"{heard}\nimport time\nprint('ready', flush=True)\ntime.sleep(60)\n")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, "-m", "scripts.plan"]
+    command = [sys.executable, "-m", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGINT)

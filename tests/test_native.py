@@ -1,5 +1,6 @@
 """Steps in C (native.py, kernels/cpu_forward) against GPT.forward; how it is compiled, and without it."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -223,6 +224,16 @@ def test_a_folder_that_others_can_write_is_not_loaded_from(fresh, caplog):
     fresh.mkdir()
     fresh.chmod(0o777)
     falls_back(caplog, "others can write")
+
+
+def test_a_folder_that_cannot_be_written_is_not_fatal(fresh, monkeypatch, caplog):
+    """A model on a disk that is mounted read-only, or full."""
+
+    def refused(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(cpu_forward.tempfile, "mkstemp", refused)
+    falls_back(caplog, "can't be written (Read-only file system); point NANOCHAT_KERNELS elsewhere")
 
 
 @pytest.mark.slow

@@ -210,6 +210,12 @@ def test_each_bad_size_is_a_sentence(wrong):
         scaling.plan(**{"vocab_size": V, **wrong})
 
 
+@pytest.mark.parametrize("name", ["target_flops", "target_param_data_ratio"])
+def test_a_run_without_an_end_is_refused(name):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}=inf must be finite"):
+        scaling.plan(4, vocab_size=V, **{name: math.inf})
+
+
 def test_a_window_longer_than_the_context_is_refused():
     with pytest.raises(UserError, match="window"):
         scaling.plan(4, vocab_size=V, sequence_len=512, window_pattern="1024,L")

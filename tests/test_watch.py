@@ -1,5 +1,7 @@
 """A step that hangs leaves every rank's stack; heartbeats say that a run is alive; a quiet run leaves nothing."""
 
+import errno
+import os
 import time
 
 import pytest
@@ -31,6 +33,18 @@ def test_a_slow_step_leaves_its_stack_and_a_row(log, monkeypatch, capsys):
     (row,) = [row for row in record.read(log.path) if row["kind"] == "slow_step"]
     assert row["step"] == 2 and row["seconds"] >= 0.5 and row["limit"] == 0.2
     assert "step 2 took" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_the_watch_not_the_run(log, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(log.path), "mkdir", full)
+    with watch.Watch(log, RT, times=3) as watched:
+        for step in range(2):
+            watched.begin(step)
+            watched.end()
+    assert "(No space left on device): no step is watched" in capsys.readouterr().out
 
 
 def test_the_limit_is_of_the_median_step(log, monkeypatch):

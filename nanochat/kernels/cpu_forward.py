@@ -147,7 +147,12 @@ def processor() -> str:
 
 def build(compiler: str, flags: tuple[str, ...], path: Path) -> str:
     """Compile to `path`, whole or not at all -> the first line of what went wrong, empty if nothing did."""
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=".so", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=".so", dir=path.parent)
+    except OSError as error:
+        raise Unavailable(
+            f"{path.parent} can't be written ({error.strerror}); point NANOCHAT_KERNELS elsewhere."
+        ) from error
     os.close(handle)
     try:
         command = [compiler, *flags, str(SOURCE), "-o", name, "-lm"]
