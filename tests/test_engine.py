@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_model import TOKENIZER, Scripted, ids_of, tiny_gpt
 
+from nanochat import native
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling
@@ -118,6 +119,15 @@ def test_samples_that_wait_for_a_slot_start_from_a_running_twin():
     )  # one prefill for both; 2 steps with both rows; the third twin waits for room
     assert len({tuple(twin.tokens) for twin in twins}) == 1 and waiting[0].finished == "length"
     check_greedy(WIDE, prompt(21), twins[2].tokens, twins[2].logprobs)
+
+
+def test_of_a_prompt_only_the_end_reaches_the_head_pitfall_18(monkeypatch):
+    monkeypatch.setattr(native, "SHORT_READ", 0)  # else C reads it, which is told what is wanted
+    engine, rows = Engine(MODEL, TOKENIZER), []
+    logits = engine.runner.logits
+    monkeypatch.setattr(engine.runner, "logits", lambda x: rows.append(len(x)) or logits(x))
+    engine.complete([prompt(40), prompt(30)], Sampling(temperature=0, max_tokens=1))
+    assert rows == [2]
 
 
 # -- nothing is wasted ------------------------------------------------------------------------------------------------

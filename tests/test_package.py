@@ -98,6 +98,26 @@ def test_the_wheel_needs_nothing_but_what_it_declares(wheel, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_every_package_is_pinned_exactly():
+    """Whatever the project asks for, and what that asks for in turn (as far as it is installed here)."""
+    pytest.importorskip("packaging")
+    names = {text.partition("==")[0]: text for text in PROJECT["tool"]["uv"]["constraint-dependencies"]}
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", text) for text in names.values())
+    asked = [*PROJECT["project"]["dependencies"], *PROJECT["dependency-groups"]["dev"]]
+    asked += [text for texts in PROJECT["project"]["optional-dependencies"].values() for text in texts]
+    plain = {re.match(r"[\w.-]+", text)[0].lower() for text in asked}
+    here = [text for text in asked if is_installed(re.match(r"[\w.-]+", text)[0])]
+    assert {name.replace("_", "-") for name in plain | set(closure(here))} <= names.keys()
+
+
+def is_installed(name):
+    """The extras are not, in the environment of the tests."""
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def test_version_and_changelog_agree():
     newest = re.search(r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest and newest[1] == PROJECT["project"]["version"]
