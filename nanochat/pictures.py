@@ -137,6 +137,7 @@ def loss(figure: Any, props: dict[str, Any]) -> None:
         for axes in (upper, lower):
             axes.grid(alpha=0.5)
             axes.margins(x=0.01)
+            axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _curve(axes: Any, stage: dict[str, Any], color: str) -> None:
@@ -152,7 +153,7 @@ def _curve(axes: Any, stage: dict[str, Any], color: str) -> None:
 
 
 def _validation(axes: Any, x: list, y: list) -> None:
-    axes.plot(x, y, color=CORAL, marker="o", linewidth=1.4)
+    axes.plot(x, y, color=CORAL, marker="o", linestyle="none")
     axes.annotate(f"{y[-1]:.4f}", (x[-1], y[-1]), xytext=(-6, 10), textcoords="offset points", ha="right", color=CORAL,
                   fontweight="bold")  # fmt: skip
     axes.set_ylabel("validation, bits per byte", color=CORAL)
@@ -204,8 +205,9 @@ def scaling(figure: Any, props: dict[str, Any]) -> None:
     best = [run for run in runs if run["tag"] in props["best"]]
     if law:
         x = [run["flops"] for run in best]
-        upper.plot(x, [law["a"] * value ** law["b"] for value in x], color=AMBER, linestyle="--", linewidth=2.2,
-                   label=f"best: bpb = {law['a']:.3g} C^{law['b']:.4f}")  # fmt: skip
+        between = [x[0] * (x[-1] / x[0]) ** (i / 60) for i in range(61)]  # the law is a curve here
+        upper.plot(between, [law["a"] * value ** law["b"] for value in between], color=AMBER, linestyle="--",
+                   linewidth=2.2, label=f"best: bpb = {law['a']:.3g} C^{law['b']:.4f}")  # fmt: skip
         lower.stem(x, [100 * r for r in law["residuals"]], linefmt=AMBER, markerfmt="o", basefmt=" ")
         lower.axhline(0, color=SOFT, linewidth=1)
     else:

@@ -5,6 +5,7 @@
     python -m scripts.visualize_data --model-tag=pocket       # the props, from a checkpoint and its record
     python -m scripts.visualize --render=still                # the last frame of each as PNG
     python -m scripts.visualize --render=video --composition=TrainingLoss
+    python -m scripts.visualize --render=video --scale=0.25 --frames=30   # a quick look
 
 Needs node 18 or newer with npm, and Chrome or Chromium (Debian: `apt install chromium`); FFmpeg comes with Remotion.
 Remotion is free for individuals, non-profit organisations and companies of up to three people; others need a licence
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from nanochat import cli, paths
 from nanochat.errors import UserError
@@ -34,8 +36,14 @@ BROWSERS = (
     "google-chrome-stable",
     "chrome",
 )
+SIZE = (1920, 1080)  # visualize/src/theme.ts
 OLDEST_NODE = 18
-PATIENCE = 60.0  # seconds for a program to say its version
+PATIENCE = 300.0  # seconds for a program to say its version
+FETCHING = re.compile(  # npm's codes of a registry that refuses or can't be reached
+    r"\bcode (E[45]\d\d|ECONN\w+|E\w*TIMEDOUT|ERR_SOCKET\w+|E\w+UNREACH|ENOTFOUND|EAI_AGAIN|ENOTCACHED)\b"
+)
+INSTALLING = 900.0  # seconds for npm install
+BUNDLING = 300.0  # seconds for the bundle and the browser's start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Config:
     render: str = ""  # still (PNG) or video (MP4); empty: only say whether everything is there
     composition: str = ""  # one of the four; empty: all
     frame: int = -1  # of a still, from 0; -1: the last
+    frames: int = 0  # of a video: only so many, from the first; 0: all
+    scale: float = 1.0  # of 1,920 x 1,080 pixels
     props: str = ""  # folder of the props files; empty: visualize/ in the artefact folder
     output: str = ""  # folder for what is rendered; empty: the folder of the props
     browser: str = ""  # program to draw with; empty: the first Chrome or Chromium found
@@ -105,37 +115,56 @@ def missing(browser: str) -> list[str]:
     return problems
 
 
+class CantFetch(UserError):
+    """npm can't bring the packages: no way to the registry, or it refuses."""
+
+
+def npm(words: list[str], timeout: float) -> None:
+    """Run npm in the project. CantFetch: the registry can't be reached, or refuses. UserError: another failure."""
+    shown = f"`{' '.join(words[:2])}` in {PROJECT}"
+    try:
+        done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise CantFetch(f"{shown} has not ended in {timeout:.0f} s: is the registry reachable?") from error
+    if done.returncode:
+        said = "; ".join(done.stderr.strip().splitlines()[:3]) or "no message"
+        if FETCHING.search(done.stderr):
+            raise CantFetch(f"{shown} failed ({said}): is the registry reachable?")
+        raise UserError(f"{shown} failed: {said}")
+
+
 def install() -> None:
-    """npm install at the pinned versions; the lock file stays here, since it names the registry it was made with."""
+    """npm install at the pinned versions; the lock file stays here, since it names the registry it was made with.
+
+    CantFetch: the registry can't be reached, or refuses. UserError: npm is missing or fails for another reason.
+    """
     if not ask("npm", "--version"):
         raise UserError("npm is not here: install node from nodejs.org or your system, it comes with it.")
-    done = subprocess.run(
-        ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error"], cwd=PROJECT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise UserError(
-            f"npm install failed in {PROJECT} ({said[0] if said else 'no message'}): is the registry reachable?"
-        )
+    quiet = ["--prefer-offline", "--loglevel=error"]
+    soon = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=60000"]
+    npm(
+        ["npm", "view", f"remotion@{wanted()['remotion']}", "version", *quiet, *soon], PATIENCE
+    )  # or it tries for 9 min
+    npm(["npm", "install", "--no-audit", "--no-fund", *quiet], INSTALLING)
 
 
-def command(cfg: Config, name: str, bundle: Path, props: Path, target: Path, browser: str) -> list[str]:
-    """The Remotion command that renders a composition."""
-    kind = ["still"] if cfg.render == "still" else ["render"]
-    frame = [f"--frame={cfg.frame}"] if cfg.render == "still" else []
-    patience = f"--timeout={1000 * cfg.timeout:.0f}"  # or the browser has 30 s to start, too few on a busy machine
-    return ["npx", "--no-install", "remotion", *kind, str(bundle), name, str(target), f"--props={props}",
-            f"--browser-executable={browser}", "--log=error", patience, *frame]  # fmt: skip
+def job(cfg: Config, names: list[str], props: Path, output: Path, folder: Path, browser: str) -> dict[str, Any]:
+    """What visualize/render.mjs is to render: pictures from files in `props` into `output`, by way of `folder`."""
+    suffix = "png" if cfg.render == "still" else "mp4"
+    pictures = [
+        {"name": name, "props": str(props / f"{name}.json"), "target": str(output / f"{name}.{suffix}")}
+        for name in names
+    ]
+    return {"folder": str(folder), "kind": cfg.render, "browser": browser, "patience": round(1000 * cfg.timeout),
+            "frame": cfg.frame, "frames": cfg.frames, "scale": cfg.scale, "pictures": pictures}  # fmt: skip
 
 
 def run(words: list[str], timeout: float) -> None:
-    """Run a Remotion command in the project. UserError: it failed or took too long, then nothing of it goes on."""
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(words, cwd=PROJECT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    """Run node in the project, showing what it prints. UserError: it failed or took too long; nothing of it goes on."""
+    process = subprocess.Popen(words, cwd=PROJECT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        out, err = process.communicate(timeout=timeout)
-    except BaseException as error:  # Ctrl-C too: npx has started node, and node the browser
+        _, said = process.communicate(timeout=timeout)
+    except BaseException as error:  # Ctrl-C too: node has started the browser
         os.killpg(process.pid, signal.SIGTERM)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
@@ -143,11 +172,11 @@ def run(words: list[str], timeout: float) -> None:
             raise UserError(text) from error
         raise
     if process.returncode:
-        raise UserError(f"`{' '.join(words[:5])}` failed: {(err or out).strip()[-600:]}")
+        raise UserError(f"`{' '.join(words[:5])}` failed: {said.strip()[-600:]}")
 
 
 def render(cfg: Config, browser: str) -> list[str]:
-    """Bundle once, then render each composition; returns the files."""
+    """Render each composition, in one process of node with one bundle and one browser; returns the files."""
     props = Path(cfg.props).resolve() if cfg.props else paths.base_dir() / "visualize"
     names = [cfg.composition] if cfg.composition else list(COMPOSITIONS)
     absent = [name for name in names if not (props / f"{name}.json").exists()]
@@ -155,16 +184,11 @@ def render(cfg: Config, browser: str) -> list[str]:
         raise UserError(f"{props} lacks {absent[0]}.json: write it with `python -m scripts.visualize_data`.")
     output = Path(cfg.output).resolve() if cfg.output else props
     output.mkdir(parents=True, exist_ok=True)
-    files = []
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
-        run(["npx", "--no-install", "remotion", "bundle", "src/index.ts", f"--out-dir={bundle}", "--log=error"], 300)
-        for name in names:
-            target = output / f"{name}.{'png' if cfg.render == 'still' else 'mp4'}"
-            run(command(cfg, name, bundle, props / f"{name}.json", target, browser), cfg.timeout)
-            print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
-            files.append(str(target))
-    return files
+    with tempfile.TemporaryDirectory(prefix=".rendering-", dir=output) as folder:
+        work = job(cfg, names, props, output, Path(folder), browser)
+        paths.write_json(Path(folder) / "job.json", work)
+        run(["node", "render.mjs", f"{folder}/job.json"], BUNDLING + len(names) * cfg.timeout)
+    return [picture["target"] for picture in work["pictures"]]
 
 
 def main(cfg: Config) -> dict:
@@ -173,6 +197,11 @@ def main(cfg: Config) -> dict:
         raise UserError(f"--render={cfg.render} is unknown: use still or video.")
     if cfg.composition and cfg.composition not in COMPOSITIONS:
         raise UserError(f"--composition={cfg.composition} is unknown: use one of {', '.join(COMPOSITIONS)}.")
+    if cfg.frames < 0 or not 0 < cfg.scale <= 4:
+        raise UserError("--frames is 0 (all) or more, --scale above 0 and up to 4.")
+    if cfg.render == "video" and any(round(side * cfg.scale, 6) % 2 for side in SIZE):
+        wide, high = (f"{side * cfg.scale:g}" for side in SIZE)
+        raise UserError(f"--scale={cfg.scale:g} makes {wide} x {high} pixels, a video needs even numbers: try 0.5.")
     if cfg.install:
         install()
     browser = find_browser(cfg.browser)

@@ -124,7 +124,7 @@ def training(found: dict[str, list[dict]], tag: str) -> dict[str, Any]:
         stages.append({
             "stage": stage, "unit": report.CURVES[name][1], "raw": thin(*report.steps(rows, name)),
             "smooth": thin(*report.steps(rows, "smooth_loss")), "lr": thin(*report.steps(rows, "lr")),
-            "val_bpb": thin(*report.evals(rows, "val_bpb")), "minutes": round(report.seconds(rows) / 60, 2),
+            "val_bpb": thin(*report.evals(rows, "val_bpb")), "minutes": round(report.seconds(rows) / 60, 4),
             "chance": round(math.log(vocab), 4) if vocab else None, "final": last.get("val_bpb"),
         })  # fmt: skip
     if not stages:

@@ -16,6 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NANOCHAT_KERNELS", str(ROOT / ".pytest_cache" / "kernels"))  # one for all base folders
 
 
+def lacking(reason):
+    """Skip the test; where browsers are promised (NANOCHAT_REQUIRE_BROWSER, set by .ci/run) fail it."""
+    (pytest.fail if os.environ.get("NANOCHAT_REQUIRE_BROWSER") else pytest.skip)(reason)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tests are small: one thread is faster, and two workers then fit two cores."""
@@ -40,6 +45,27 @@ def shared_data():
     if not (path / "pretrain").is_dir():
         pytest.skip("real data not here: set NANOCHAT_SHARED_DATA to the folder that holds pretrain/ and tasks/")
     return path
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Path of this machine's Chromium or Chrome."""
+    from scripts import visualize
+
+    return visualize.find_browser("") or lacking("there is no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """A headless Chromium, driven by playwright."""
+    try:
+        from playwright import sync_api
+    except ImportError:
+        lacking("playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 def finished(command, env, timeout):

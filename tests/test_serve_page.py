@@ -1,24 +1,9 @@
 """The page in a headless Chromium: what people do with it, what an attacker tries, keyboard, phone, accessibility."""
 
 import json
-import shutil
 
 import pytest
 from serve_rig import serving, until
-
-PATH = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium of this machine."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if PATH is None:
-        pytest.skip("there is no Chromium on this machine")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=PATH, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 class Page:
@@ -372,7 +357,7 @@ def test_reading_back_is_not_disturbed(browser):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme,width", [("dark", 1200), ("light", 360)])
 def test_axe_finds_nothing_and_a_phone_shows_all(browser, scheme, width):
-    Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
+    from axe_playwright_python.sync_playwright import Axe
 
     def violations(page):
         return [(v["id"], [n["html"][:150] for n in v["nodes"]]) for v in Axe().run(page).response["violations"]]

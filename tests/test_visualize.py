@@ -6,9 +6,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy
 import psutil
 import pytest
 import torch
+from conftest import lacking
+from filelock import FileLock
+from PIL import Image, ImageColor
 
 from nanochat import attention, checkpoint, cost, paths, pictures, record
 from nanochat.errors import UserError
@@ -17,6 +21,7 @@ from tests.tiny_model import TOKENIZER, save_checkpoint, tiny_gpt
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "visualize"
+THEME = dict(re.findall(r'const (\w+) = "(#\w{6})"', (PROJECT / "src" / "theme.ts").read_text()))
 NAMES = ("TransformerArchitecture", "TrainingLoss", "AttentionVisualization", "ScalingLaws")
 
 
@@ -133,24 +138,45 @@ def test_setup_says_what_is_missing_and_what_to_do(monkeypatch, capsys):
         visualize.main(visualize.Config(install=True))
 
 
-@pytest.mark.parametrize("wrong", [{"render": "gif"}, {"composition": "Scaling"}, {"browser": "/no/such"}])
+@pytest.mark.parametrize("wrong", [{"render": "gif"}, {"composition": "Scaling"}, {"browser": "/no/such"},
+                                   {"scale": 0.0}, {"frames": -1}, {"scale": 0.3335, "render": "video"}])  # fmt: skip
 def test_wrong_wishes_are_refused(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
         visualize.main(visualize.Config(**wrong))
 
 
-def test_the_command_is_the_one_remotion_documents(tmp_path):
-    cfg = visualize.Config(render="still", frame=7)
-    words = visualize.command(cfg, "TrainingLoss", tmp_path, tmp_path / "p.json", tmp_path / "o.png", "/b/chromium")
-    assert words[3:7] == ["still", str(tmp_path), "TrainingLoss", str(tmp_path / "o.png")]
-    assert {
-        f"--props={tmp_path / 'p.json'}",
-        "--browser-executable=/b/chromium",
-        "--frame=7",
-        "--timeout=600000",
-    } <= set(words)
-    video = visualize.command(visualize.Config(render="video"), "TrainingLoss", tmp_path, tmp_path, tmp_path, "b")
-    assert video[3] == "render" and not any(word.startswith("--frame") for word in video)
+def test_what_is_rendered_is_what_was_asked_for(tmp_path, monkeypatch):
+    props, output = tmp_path / "props", tmp_path / "out"
+    for name in NAMES:
+        paths.write_json(props / f"{name}.json", {})
+    asked = []
+    monkeypatch.setattr(
+        visualize, "run", lambda words, timeout: asked.append((paths.read_json(Path(words[2])), timeout))
+    )
+    wishes = {"props": str(props), "output": str(output), "timeout": 7.0}
+    files = visualize.render(visualize.Config(render="still", frame=9, **wishes), "/b/chromium")
+    wishes["composition"] = "TrainingLoss"
+    visualize.render(visualize.Config(render="video", frames=10, scale=0.25, **wishes), "/b/chromium")
+    (stills, patience), (video, _) = asked
+    assert files == [str(output / f"{name}.png") for name in NAMES] == [p["target"] for p in stills["pictures"]]
+    assert (stills["kind"], stills["frame"], stills["browser"], stills["patience"]) == ("still", 9, "/b/chromium", 7000)
+    assert patience > 4 * 7  # seconds for each of four
+    assert video["pictures"] == [{"name": "TrainingLoss", "props": str(props / "TrainingLoss.json"),
+                                  "target": str(output / "TrainingLoss.mp4")}]  # fmt: skip
+    assert (video["kind"], video["frames"], video["scale"]) == ("video", 10, 0.25)
+    assert list(output.iterdir()) == []  # nothing is left of what was needed on the way
+
+
+@pytest.mark.parametrize("said,error", [("npm error code ENOTFOUND\n...", visualize.CantFetch),
+                                        ("npm error code E503\n...", visualize.CantFetch),
+                                        ("npm error code ERESOLVE\n...", UserError)])  # fmt: skip
+def test_no_way_to_the_registry_is_told_from_a_fault_of_the_project(monkeypatch, said, error):
+    monkeypatch.setattr(visualize, "ask", lambda *words: "11.0.0")
+    done = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: done)
+    with pytest.raises(UserError, match=re.escape(said[:15])) as raised:
+        visualize.install()
+    assert type(raised.value) is error
 
 
 def test_a_program_that_does_not_answer_is_a_sentence(monkeypatch):
@@ -176,8 +202,8 @@ def test_what_takes_too_long_is_ended_with_all_it_has_started(tmp_path, monkeypa
     started = int(file.read_text())
     while psutil.pid_exists(started) and psutil.Process(started).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)  # for ever, if it goes on: the suite's time limit
-    with pytest.raises(UserError, match="`sh -c echo no; exit 3` failed: no"):
-        visualize.run(["sh", "-c", "echo no; exit 3"], 600.0)
+    with pytest.raises(UserError, match="`sh -c echo no >&2; exit 3` failed: no"):
+        visualize.run(["sh", "-c", "echo no >&2; exit 3"], 600.0)
 
 
 def test_props_that_are_not_there_are_named(tmp_path):
@@ -185,18 +211,79 @@ def test_props_that_are_not_there_are_named(tmp_path):
         visualize.render(visualize.Config(render="still", props=str(tmp_path)), "chromium")
 
 
+# -- rendered by this machine's Chromium -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remotion(chromium):
+    """The video project with its packages, for one worker at a time. Where npm can't fetch them: skip, in CI too."""
+    if not visualize.ask("npm", "--version"):
+        pytest.skip("npm is not here")
+    (ROOT / ".pytest_cache").mkdir(exist_ok=True)
+    with FileLock(ROOT / ".pytest_cache" / "remotion.lock"):
+        if visualize.missing(chromium):
+            try:
+                visualize.install()
+            except visualize.CantFetch as error:
+                pytest.skip(str(error))
+        assert visualize.missing(chromium) == []
+        yield
+
+
+@pytest.mark.parametrize("promised,outcome", [("", "Skipped"), ("1", "Failed")])
+def test_where_browsers_are_promised_their_lack_is_a_failure(monkeypatch, promised, outcome):
+    monkeypatch.setenv("NANOCHAT_REQUIRE_BROWSER", promised)
+    with pytest.raises(BaseException, match="no Chromium") as raised:
+        lacking("no Chromium")
+    assert type(raised.value).__name__ == outcome
+
+
+def pixels(image, color, box=None):
+    """Where the picture (or a box of it: left, top, right, bottom) has exactly this colour: a boolean array."""
+    part = numpy.asarray(image.crop(box) if box else image)
+    return (part == numpy.array(ImageColor.getrgb(color))).all(-1)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a bundle and a browser: 20 s, minutes where the machine is busy
-def test_a_still_is_rendered_by_chromium(written, tmp_path):
-    problems = visualize.missing(visualize.find_browser(""))
-    if problems:
-        pytest.skip(problems[0])
-    folder = checkpoint.folder("base").parent / "visualize"
-    cfg = visualize.Config(render="still", props=str(folder), output=str(tmp_path), composition="ScalingLaws")
+@pytest.mark.timeout(1800)  # 20 s; minutes where the machine is busy or npm is slow
+def test_each_still_shows_its_props(written, remotion, tmp_path):
+    model, props = written
+    files = visualize.main(visualize.Config(render="still", output=str(tmp_path)))["files"]
+    assert [Path(file).stem for file in files] == list(NAMES)
+    stills = {Path(file).stem: Image.open(file).convert("RGB") for file in files}
+    assert {still.size for still in stills.values()} == {visualize.SIZE}
+    assert len({still.tobytes() for still in stills.values()}) == len(NAMES)
+    for name, color in (("TransformerArchitecture", "VIOLET"), ("TrainingLoss", "BLUE"),
+                        ("AttentionVisualization", "AMBER"), ("ScalingLaws", "AMBER")):  # fmt: skip
+        assert pixels(stills[name], THEME[color]).sum() > 1000, name
+    parameters = props["TransformerArchitecture"]["parameters"]  # each role's bar is as long as its share
+    roles = {"embedding": "BLUE", "value_embedding": "TEAL", "matrix": "VIOLET", "head": "AMBER"}
+    bars = [pixels(stills["TransformerArchitecture"], THEME[color], (1200, 352 + 112 * i, 1840, 353 + 112 * i)).sum()
+            for i, color in enumerate(roles.values())]  # fmt: skip
+    most = max(parameters[role] for role in roles)
+    assert bars == pytest.approx([450 * parameters[role] / most for role in roles], abs=2)
+    maps = sum(len(layer["heads"]) for layer in props["AttentionVisualization"]["layers"])
+    assert pixels(stills["AttentionVisualization"], "#fff3d6").sum() > 100 * maps  # the first token reads itself, all
+
+
+def number(data, name, at, size=4):
+    """A big-endian number of an MP4's box: `at` bytes behind the box's name."""
+    start = data.index(name) + 4 + at
+    return int.from_bytes(data[start : start + size], "big")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # 20 s; minutes where the machine is busy or npm is slow
+def test_a_video_has_the_frames_and_the_size_that_were_asked_for(written, remotion, tmp_path):
+    cfg = visualize.Config(render="video", composition="TrainingLoss", frames=10, scale=0.25, output=str(tmp_path))
     (file,) = visualize.main(cfg)["files"]
     data = Path(file).read_bytes()
-    assert [int.from_bytes(data[i : i + 4], "big") for i in (16, 20)] == [1920, 1080]
-    assert len(set(data)) > 200 and len(data) > 50_000  # something was drawn
+    assert data[4:8] == b"ftyp" and len(data) > 2000
+    assert number(data, b"mvhd", 16) / number(data, b"mvhd", 12) == pytest.approx(
+        10 / 30, abs=0.04
+    )  # s, at 30 a second
+    assert number(data, b"stsz", 8) == 10  # samples of the track
+    assert (number(data, b"tkhd", 76, 2), number(data, b"tkhd", 80, 2)) == (480, 270)
 
 
 # -- the Remotion project ----------------------------------------------------------------------------------------------

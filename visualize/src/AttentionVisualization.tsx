@@ -24,7 +24,7 @@ export const AttentionVisualization: React.FC<AttentionVisualizationProps> = (pr
   const all = layers.flatMap((layer) => layer.heads);
   const mean = tokens.map((_, key) => all.reduce((sum, head) => sum + head.weights[reading][key], 0) / all.length);
   return (
-    <Page title="What reads what" below={`run ${props.tag}: attention of ${layers.length} layers, computed by the model on this text`}>
+    <Page title="What reads what" below={`run ${props.tag}: attention, computed by the model on this text; rows read, columns are read, the brighter the more`}>
       <div style={{ position: "absolute", left: 80, right: 80, top: 196, display: "flex", flexWrap: "wrap", gap: 10, opacity: shown }}>
         {tokens.map((token, i) => (
           <span

@@ -18,12 +18,14 @@ const Measured: React.FC<ScalingLawsProps & { box: Box }> = ({ runs, best, law, 
   const sy = linear(bpb, [box.y + box.height, box.y]);
   const depths = [...new Set(runs.map((run) => run.depth))].sort((a, b) => a - b);
   const frontier = runs.filter((run) => best.includes(run.tag));
+  const [first, last] = [frontier[0].flops, frontier[frontier.length - 1].flops];
+  const between = Array.from({ length: 61 }, (_, i) => first * (last / first) ** (i / 60)); // the law is a curve here
   const small: Box = { ...box, y: box.y + box.height + 130, height: 130 };
   const most = law ? Math.max(...law.residuals.map(Math.abs), 1e-4) * 1.3 : 1;
   const residual = linear([-most, most], [small.y + small.height, small.y]);
   return (
     <g>
-      <Axes box={box} sx={sx} sy={sy} x={decades(flops)} y={ticks(bpb, 6)} showX={power} showY={(v) => `${Number(v.toFixed(3))}`} labelX="FLOPs of the run" labelY="measured: validation, bits per byte" />
+      <Axes box={box} sx={sx} sy={sy} x={decades(flops)} y={ticks(bpb, 6)} showX={power} showY={(v) => `${Number(v.toFixed(3))}`} labelX="FLOPs of the run" labelY="measured, bits per byte" />
       {depths.map((depth, i) => {
         const own = runs.filter((run) => run.depth === depth);
         const color = DEPTHS[i % DEPTHS.length];
@@ -34,25 +36,29 @@ const Measured: React.FC<ScalingLawsProps & { box: Box }> = ({ runs, best, law, 
             {own.map((run, j) => (
               <circle key={run.tag} cx={sx(run.flops)} cy={sy(run.bpb)} r={11 * Math.min(1, Math.max(0, share * own.length - j))} fill={color} />
             ))}
-            <g transform={`translate(${box.x + box.width - 150} ${box.y + 40 + i * 38})`}>
-              <circle r={9} fill={color} />
-              <text x={20} y={8} fontSize={25} fill={INK}>depth {depth}</text>
-            </g>
           </g>
         );
       })}
+      <text x={box.x + box.width - 16} y={box.y - 18} fontSize={22} fill={SOFT} textAnchor="end">
+        depth
+        {depths.map((depth, i) => (
+          <tspan key={depth} dx={16} fill={DEPTHS[i % DEPTHS.length]}>● <tspan fill={INK}>{depth}</tspan></tspan>
+        ))}
+      </text>
       {law ? (
         <g>
-          <path d={line(frontier.map((r) => r.flops), frontier.map((r) => law.a * r.flops ** law.b), sx, sy, progress(5, 2))} fill="none" stroke={AMBER} strokeWidth={5} strokeDasharray="14 10" />
+          <path d={line(between, between.map((c) => law.a * c ** law.b), sx, sy, progress(5, 2))} fill="none" stroke={AMBER} strokeWidth={5} strokeDasharray="14 10" />
+          <Axes box={small} sx={sx} sy={residual} x={[]} y={[-most / 1.3, 0, most / 1.3]} showX={power} showY={(v) => `${(100 * v).toFixed(1)} %`} labelY={`best at a budget: ${power(law.a)} · C^${law.b.toFixed(4)}; its residuals`} />
+          {frontier.map((run, i) => (
+            <g key={run.tag} opacity={progress(7, 1)}>
+              <line x1={sx(run.flops)} x2={sx(run.flops)} y1={residual(0)} y2={residual(law.residuals[i])} stroke={AMBER} strokeWidth={4} />
+              <circle cx={sx(run.flops)} cy={residual(law.residuals[i])} r={8} fill={AMBER} />
+            </g>
+          ))}
         </g>
-      ) : null}
-      <Axes box={small} sx={sx} sy={residual} x={[]} y={law ? [-most / 1.3, 0, most / 1.3] : []} showX={power} showY={(v) => `${(100 * v).toFixed(1)} %`} labelY={law ? `best at a budget: ${power(law.a)} · C^${law.b.toFixed(4)}; its residuals` : "a law needs runs at three budgets or more"} />
-      {law ? frontier.map((run, i) => (
-        <g key={run.tag} opacity={progress(7, 1)}>
-          <line x1={sx(run.flops)} x2={sx(run.flops)} y1={residual(0)} y2={residual(law.residuals[i])} stroke={AMBER} strokeWidth={4} />
-          <circle cx={sx(run.flops)} cy={residual(law.residuals[i])} r={8} fill={AMBER} />
-        </g>
-      )) : null}
+      ) : (
+        <text x={small.x} y={small.y - 18} fontSize={22} fill={SOFT}>a law needs runs at three budgets or more</text>
+      )}
     </g>
   );
 };
@@ -60,7 +66,7 @@ const Measured: React.FC<ScalingLawsProps & { box: Box }> = ({ runs, best, law, 
 const Planned: React.FC<ScalingLawsProps & { box: Box }> = ({ plan, vocab_size, box }) => {
   const progress = useProgress();
   const [x, y] = [plan.map((p) => p.parameters), plan.map((p) => p.tokens)];
-  const [wide, tall]: [number, number][] = [[Math.min(...x) / 1.6, Math.max(...x) * 14], around(y, 1.7)];
+  const [wide, tall]: [number, number][] = [[Math.min(...x) / 1.6, Math.max(...x) * 24], around(y, 1.7)];
   const sx = logarithmic(wide, [box.x, box.x + box.width]);
   const sy = logarithmic(tall, [box.y + box.height, box.y]);
   const share = progress(2, 6);

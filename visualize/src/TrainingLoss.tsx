@@ -9,7 +9,7 @@ const DRAWING = 9; // seconds in which all curves are drawn
 
 const Panel: React.FC<{ stage: Stage; box: Box; share: number }> = ({ stage, box, share }) => {
   const color = STAGES[stage.stage] ?? VIOLET;
-  const last = stage.raw.x[stage.raw.x.length - 1];
+  const last = Math.max(...stage.raw.x, ...stage.val_bpb.x); // an evaluation after the last step stands one behind it
   const known = [...stage.raw.y, ...(stage.chance ? [stage.chance] : [])];
   const isLoss = stage.smooth.x.length > 0;
   const domain: [number, number] = isLoss ? [0, Math.max(...known) * 1.06] : [Math.min(...known) - 0.5 * (1 - Math.min(...known)), 1];
@@ -20,7 +20,8 @@ const Panel: React.FC<{ stage: Stage; box: Box; share: number }> = ({ stage, box
   const top = box.y + box.height * (isLoss ? 0.3 : 0.84); // where the curve leaves room for the figure
   const main = isLoss ? stage.smooth : stage.raw;
   const at = Math.max(0, Math.ceil(share * main.x.length) - 1);
-  const bpb = linear([0, Math.max(...stage.val_bpb.y, 0.001) * 1.06], [box.y + box.height, box.y]);
+  const bits: [number, number] = [0, Math.max(...stage.val_bpb.y, 0.001) * 1.06];
+  const bpb = linear(bits, [box.y + box.height, box.y]);
   return (
     <g>
       <Axes box={box} sx={sx} sy={sy} x={ticks([0, last], 4)} y={ticks(domain, 6)} showX={String} showY={(v) => `${Number(v.toFixed(2))}`} labelY={`${stage.stage}: ${stage.unit}`} />
@@ -32,12 +33,20 @@ const Panel: React.FC<{ stage: Stage; box: Box; share: number }> = ({ stage, box
       ) : null}
       <path d={line(stage.raw.x, stage.raw.y, sx, sy, share)} fill="none" stroke={color} strokeWidth={isLoss ? 1.5 : 3.5} opacity={isLoss ? 0.4 : 1} />
       {isLoss ? <path d={line(main.x, main.y, sx, sy, share)} fill="none" stroke={color} strokeWidth={4.5} strokeLinejoin="round" /> : null}
+      {stage.val_bpb.x.length ? (
+        <g fill={CORAL} fontSize={22}>
+          <text x={box.x + box.width} y={box.y - 18} textAnchor="end">bits per byte</text>
+          {ticks(bits, 4).map((value) => (
+            <text key={value} x={box.x + box.width + 14} y={bpb(value) + 8}>{Number(value.toFixed(2))}</text>
+          ))}
+        </g>
+      ) : null}
       {stage.val_bpb.x.filter((step) => share >= 1 || step <= share * last).map((step, i) => (
         <g key={step}>
           <circle cx={sx(step)} cy={bpb(stage.val_bpb.y[i])} r={8} fill={CORAL} />
           {i === stage.val_bpb.x.length - 1 ? (
             <text x={box.x + box.width - 14} y={bpb(stage.val_bpb.y[i]) - 24} textAnchor="end" fontSize={25} fontWeight={600} fill={CORAL}>
-              {stage.val_bpb.y[i].toFixed(4)} bits per byte
+              {stage.val_bpb.y[i].toFixed(4)}
             </text>
           ) : null}
         </g>
@@ -66,7 +75,7 @@ export const TrainingLoss: React.FC<TrainingLossProps> = (props) => {
   if (!props.stages) return <Missing name="TrainingLoss" />;
   const weights = props.stages.map((stage) => (stage.stage === "base" ? 1.7 : 1));
   const whole = weights.reduce((a, b) => a + b, 0);
-  const gap = 130;
+  const gap = 150;
   const room = WIDTH - 150 - 80 - gap * (props.stages.length - 1);
   let x = 150;
   let from = 0.8;
