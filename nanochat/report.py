@@ -42,6 +42,7 @@ MORE = {  # of a step's row, beside the loss: title, unit
     "mfu": ("model FLOP utilisation", "share of the peak"),
     "memory": ("memory in use", "GiB"),
 }
+ERRORS = ("_se", "_stderr")  # endings of an evaluation's standard error
 CURVES = {"loss": ("training loss", "nats a token"), **MORE}
 
 
@@ -217,7 +218,7 @@ def eval_pictures(stage: str, have: dict[str, Rows]) -> list[Picture]:
     """Every other evaluation that was made twice or more."""
     names = {k for rows in have.values() for row in rows if row["kind"] == "eval" for k in row}
     pictures = []
-    for name in sorted(names - {"kind", "time", "step", "val_bpb", "core_tasks"}):
+    for name in sorted(n for n in names - {"kind", "time", "step", "val_bpb", "core_tasks"} if not n.endswith(ERRORS)):
         pictures += drawn(
             [curve(run, rows, name, "eval") for run, rows in have.items()], f"{stage}: {name}", "step", ""
         )
@@ -248,13 +249,27 @@ def law_pictures(table: list[dict[str, str]]) -> list[Picture]:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
+def shown(values: dict[str, float]) -> dict[str, str]:
+    """Every metric as text, with its standard error where one was measured: 0.8800 ± 0.0125."""
+    text = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    errors = {name.removesuffix(end): value for name, value in text.items() for end in ERRORS if name.endswith(end)}
+    return {name: f"{value} ± {errors[name]}" if name in errors else value
+            for name, value in text.items() if not name.endswith(ERRORS)}  # fmt: skip
+
+
+def before_and_after(rows: Rows) -> dict[str, str]:
+    """Every metric's last value in a stage; behind its value before the first update, where that was measured."""
+    first = shown(scores([row for row in rows if row.get("step") == 0]))
+    last = shown(scores(rows))
+    return {name: f"{first[name]} → {value}" if first.get(name, value) != value else value
+            for name, value in last.items()}  # fmt: skip
+
+
 def score_table(run: Run) -> list[list[str]]:
-    """Header and rows: a metric, then its last value after each stage (a dash where it was not measured)."""
-    columns = [stage for stage, _ in STAGES if stage in run]
-    last = {stage: scores(run[stage]) for stage in columns}
-    names = sorted({name for values in last.values() for name in values})
-    show = lambda value: "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-    return [["metric", *columns], *([name, *(show(last[s].get(name)) for s in columns)] for name in names)]
+    """Header and rows: a metric, then its value after each stage (a dash where it was not measured)."""
+    columns = {stage: before_and_after(run[stage]) for stage, _ in STAGES if stage in run}
+    names = sorted({name for values in columns.values() for name in values})
+    return [["metric", *columns], *([name, *(values.get(name, "–") for values in columns.values())] for name in names)]
 
 
 def ending(rows: Rows) -> str:
@@ -288,10 +303,8 @@ def compared(runs: dict[str, Run]) -> list[list[str]]:
     cells: dict[str, dict[str, str]] = {}
     for name, run in runs.items():
         for stage in (stage for stage, _ in STAGES if stage in run):
-            for metric, value in scores(run[stage]).items():
-                cells.setdefault(f"{stage} {metric}", {})[name] = (
-                    f"{value:.4f}" if isinstance(value, float) else str(value)
-                )
+            for metric, value in shown(scores(run[stage])).items():
+                cells.setdefault(f"{stage} {metric}", {})[name] = value
             cells.setdefault(f"{stage} minutes", {})[name] = f"{seconds(run[stage]) / 60:.1f}"
     return [["", *runs], *([what, *(by.get(name, "–") for name in runs)] for what, by in sorted(cells.items()))]
 
@@ -304,8 +317,8 @@ def samples(run: Run, most: int = 8, times: int = 4) -> list[list[str]]:
         steps = sorted({row["step"] for row in lines})
         chosen = {steps[round(i * (len(steps) - 1) / max(times - 1, 1))] for i in range(times)} if steps else set()
         for step in sorted(chosen):
-            shown = [row for row in lines if row["step"] == step][:most]
-            out += [[stage, str(step), row["prompt"], row["text"]] for row in shown]
+            pairs = dict.fromkeys((row["prompt"], row["text"]) for row in lines if row["step"] == step)
+            out += [[stage, str(step), *pair] for pair in list(pairs)[:most]]
     return out
 
 
@@ -321,9 +334,13 @@ def core_table(runs: dict[str, Run], other: Reference) -> list[list[str]]:
 def plan_lines(run: Run) -> list[list[str]]:
     """What pretraining decided, name and value."""
     flat = [["what", "value"]]
+    show = lambda item: (
+        f"{item:,}" if isinstance(item, int) else f"{item:.6g}" if isinstance(item, float) else str(item)
+    )
     for name, value in plan_of(run.get("base", [])).items():
         for key, item in value.items() if isinstance(value, dict) else [("", value)]:
-            flat.append([f"{name} {key}".strip(), f"{item:,}" if isinstance(item, int) else str(item)])
+            if item != []:  # no notes
+                flat.append([f"{name} {key}".strip(), show(item)])
     return flat
 
 

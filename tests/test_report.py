@@ -84,6 +84,32 @@ def test_gpt2_stands_beside_the_run_by_task_where_it_is_known(base_dir):
     assert [row[2] for row in report.core_table(runs, script.gpt2())[1:]] == ["0.2800", "–", "0.3700"]
 
 
+def test_scores_say_where_they_come_from_and_how_sure_they_are(base_dir):
+    write(base_dir, core=False)
+    log = record.Record(base_dir / "chatrl_checkpoints" / "one" / "record.jsonl", stage="rl", config={})
+    log.eval(0, **{"pass@1": 0.8, "pass@1_se": 0.02})
+    for step in range(3):
+        log.step(step, reward=0.5)
+    log.eval(3, **{"pass@1": 0.9, "pass@1_se": 0.01}, facts=1.0)
+    log.eval(3, facts=0.5, facts_stderr=0.25)
+    run = report.collect(base_dir, "one")
+    table = {row[0]: row[1:] for row in report.score_table(run)}
+    assert table["pass@1"] == ["–", "0.8000 ± 0.0200 → 0.9000 ± 0.0100"] and table["facts"] == ["–", "0.5000 ± 0.2500"]
+    assert table["val_bpb"] == ["3.0000 → 1.0000", "–"] and not [name for name in table if name.endswith(report.ERRORS)]
+    assert ["rl pass@1", "0.9000 ± 0.0100"] in report.compared({"one": run})
+    drawn = [picture.title for _, pictures in report.figures({"one": run}) for picture in pictures]
+    assert "rl: pass@1" in drawn and not [title for title in drawn if title.endswith(report.ERRORS)]
+
+
+def test_numbers_of_the_plan_are_short_and_no_sample_stands_twice():
+    time = {"time": 1.0}
+    plan = {"plan": {"flops": 46066591334400.0, "lrs": {"matrix": 0.01866065983073615}, "notes": [], "batch": 4096}}
+    twice = [{"kind": "sample", "step": 5, "prompt": "A dog", "text": text, **time} for text in ("a", "b", "a")]
+    run = {"base": [{"kind": "plan", **plan, **time}, *twice]}
+    assert report.plan_lines(run)[1:] == [["flops", "4.60666e+13"], ["lrs matrix", "0.0186607"], ["batch", "4,096"]]
+    assert [row[3] for row in report.samples(run)[1:]] == ["a", "b"]
+
+
 def test_a_run_killed_before_its_first_step_is_a_page_that_says_so(base_dir):
     write(base_dir, steps=0, core=False)
     path = base_dir / "base_checkpoints" / "one" / "record.jsonl"
@@ -182,24 +208,16 @@ def test_long_curves_are_thinned_but_keep_their_ends():
 
 
 @pytest.mark.slow  # a browser
-def test_the_page_opens_in_a_browser_without_a_word_and_every_picture_is_seen(base_dir):
-    import shutil
-
-    sync = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium:
-        pytest.skip("no chromium here")
+def test_the_page_opens_in_a_browser_without_a_word_and_every_picture_is_seen(base_dir, browser):
     write(base_dir)
     script.main(script.Config(model_tag="one", output=str(base_dir / "out")))
     said = []
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800})
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
-        page.goto((base_dir / "out" / "report.html").as_uri())
-        boxes = page.eval_on_selector_all("svg", "all => all.map(one => one.getBoundingClientRect().height)")
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        browser.close()
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
+    page.goto((base_dir / "out" / "report.html").as_uri())
+    boxes = page.eval_on_selector_all("svg", "all => all.map(one => one.getBoundingClientRect().height)")
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    page.close()
     assert said == [] and len(boxes) >= 12 and min(boxes) > 100 and wide <= 390
