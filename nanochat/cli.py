@@ -7,12 +7,15 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanochat.errors import Stopped, UserError
+
+UNWIND = 2.0  # seconds
 
 
 def parse(config_class: type, argv: list[str] | None = None, description: str | None = None) -> Any:
@@ -62,6 +65,49 @@ def _unwinding_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the process although it is deep in compiled code, where no Python handler runs.
+
+    For long work that writes no file. Who can unwind within UNWIND seconds does; else a thread, which reads the signals
+    from a socket, leaves.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, listener = socket.socketpair()
+    heard.setblocking(False)
+    before = signal.set_wakeup_fd(heard.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_leave_when_told, args=(listener,), name="nanochat-signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        heard.close()
+        thread.join()
+
+
+def _leave_when_told(listener: socket.socket) -> None:
+    """The socket's end is the end of the `with`."""
+    with listener:
+        while number := int.from_bytes(listener.recv(1)):
+            if number in (signal.SIGINT, signal.SIGTERM):
+                listener.settimeout(UNWIND)
+                try:
+                    while listener.recv(1):
+                        pass
+                    return
+                except TimeoutError:
+                    os.write(2, f"\n{_stopped(number)}\n".encode())
+                    os._exit(128 + number)
+
+
+def _stopped(number: int) -> str:
+    how = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+    return f"stopped by {how}: what was saved is whole; run the same command again."
+
+
 def run(main: Callable[[Any], dict], config_class: type, argv: list[str] | None = None) -> None:
     """Parse, call `main(cfg)`, and leave with an exit status that a shell or scheduler can act on.
 
@@ -79,8 +125,8 @@ def run(main: Callable[[Any], dict], config_class: type, argv: list[str] | None 
         print(str(stop), file=sys.stderr)
         sys.exit(128 + stop.signum)
     except (KeyboardInterrupt, _Terminated) as stop:
-        how, number = ("SIGTERM", signal.SIGTERM) if isinstance(stop, _Terminated) else ("Ctrl-C", signal.SIGINT)
-        print(f"stopped by {how}: what was saved is whole; run the same command again.", file=sys.stderr)
+        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        print(_stopped(number), file=sys.stderr)
         sys.exit(128 + number)
 
 

@@ -16,10 +16,15 @@ PROMPTS = (  # facts, sums and opposites that a good model completes
 
 
 def continuations(model, tokenizer, log: Record, step: int) -> list[tuple[str, str]]:
-    """16 greedy tokens behind each prompt, printed and recorded; returns (prompt, text). For rank 0, model resting."""
-    ids = [tokenizer.encode(prompt, prepend=tokenizer.bos) for prompt in PROMPTS]
-    replies = Engine(model, tokenizer).complete(ids, Sampling(temperature=0.0, max_tokens=16))
-    return _show(PROMPTS, [reply.text for (reply,) in replies], log, step)
+    """16 greedy tokens behind each prompt that the context holds, printed and recorded; returns (prompt, text).
+
+    For rank 0, model resting.
+    """
+    engine = Engine(model, tokenizer)
+    ids = {prompt: tokenizer.encode(prompt, prepend=tokenizer.bos) for prompt in PROMPTS}
+    ids = {prompt: tokens for prompt, tokens in ids.items() if len(tokens) < engine.max_len}
+    replies = engine.complete(list(ids.values()), Sampling(temperature=0.0, max_tokens=16))
+    return _show(ids, [reply.text for (reply,) in replies], log, step)
 
 
 def from_nothing(model, tokenizer, log: Record, step: int, count: int = 8, seed: int = 42) -> list[tuple[str, str]]:

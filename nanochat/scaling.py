@@ -201,6 +201,8 @@ def problems_with(values: dict) -> list[str]:
     for name in ("target_flops", "target_param_data_ratio"):
         if values[name] == math.inf:
             found.append(f"{flag(name)}=inf must be finite: a run has an end.")
+    if values["sequence_len"] == 1:
+        found.append("--max-seq-len=1 must be at least 2: the engine needs a place for what follows.")
     if not found and values["head_dim"] % 2:
         found.append(f"--head-dim={values['head_dim']} must be even: rotary positions turn pairs of channels.")
     overruled = values["num_iterations"] is not None or values["target_flops"] is not None

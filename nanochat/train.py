@@ -327,6 +327,8 @@ def fastest(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> tu
         return model, "plain: --compile=off"
     if runtime.device.type == "cpu" and shard.sharded(model):
         return model, "plain: blocks by hand don't gather shards"
+    if runtime.device.type == "cpu" and runtime.dtype == torch.float16:
+        return model, "plain: blocks by hand take exp of whole scores, which fp16 can't hold"
     if runtime.device.type == "cpu":
         return model.by_hand(), "blocks by hand, with their own attention; nothing to compile"
     if runtime.device.type == "mps":

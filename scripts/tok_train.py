@@ -78,7 +78,8 @@ def main(cfg: Config) -> dict:
 
     # 2. learn the merges (rustbpe counts in parallel while Python reads)
     seen, started = Seen(), time.perf_counter()
-    with tqdm(total=cfg.max_chars, unit=" chars", unit_scale=True, desc="reading", file=sys.stderr) as bar:
+    bar = tqdm(total=cfg.max_chars, unit=" chars", unit_scale=True, desc="reading", file=sys.stderr)
+    with bar, cli.interruptible():
         tokenizer = Tokenizer.train(training_texts(corpus, cfg, seen, bar), cfg.vocab_size)
         bar.total = seen.chars
     seconds = time.perf_counter() - started

@@ -52,6 +52,12 @@ def test_only_what_is_asked_is_done(base_dir):
     assert "val_bpb" in summary and "core" not in summary and "samples" not in summary
 
 
+def test_a_context_too_short_for_a_prompt_costs_that_prompt_and_not_the_run(base_dir):
+    save_checkpoint("base", tag="d3", step=7, sequence_len=23, window_pattern="L")
+    shown = base_eval.main(base_eval.Config(eval="sample"))["samples"]
+    assert [one["prompt"] for one in shown] == ["My favorite color is", *[""] * 8]  # the others have 23 tokens or more
+
+
 def test_bpb_does_not_depend_on_the_batch_pitfall_37(base_dir):
     save_checkpoint("base", tag="d3", step=7)
     found = [

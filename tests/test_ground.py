@@ -316,6 +316,39 @@ def test_a_signal_ends_any_stage_with_a_sentence_its_code_and_nothing_half(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+COMPILED = """
+import ctypes, signal
+from nanochat import cli
+cli.UNWIND = 0.2
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)  # it would raise, did Python get to it
+with cli.interruptible():
+    libc.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)  # for ever, and no handler runs: as while rustbpe merges
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="blocks on glibc's mutex")
+@pytest.mark.parametrize(("name", "said"), [("SIGTERM", "stopped by SIGTERM: "), ("SIGINT", "stopped by Ctrl-C: ")])
+def test_a_signal_is_heard_in_compiled_code_where_asked(name, said):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", COMPILED], **pipes) as p:
+        assert p.stdout.readline() == "ready\n"
+        p.send_signal(getattr(signal, name))
+        _, error = p.communicate(timeout=60)
+    assert p.returncode == 128 + getattr(signal, name) and error.strip().startswith(said)
+
+
+def test_python_code_unwinds_by_itself_where_signals_are_heard():
+    with pytest.raises(KeyboardInterrupt), cli.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+    with cli.interruptible():
+        pass
+    assert signal.set_wakeup_fd(-1) == -1  # as it was
+
+
 @pytest.mark.parametrize(("program", "library"), [("scripts.plan", "torch"), ("nanochat.dataset", "pyarrow")])
 def test_ctrl_c_while_a_program_imports_its_libraries_is_no_traceback(tmp_path, program, library):
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # the background ignores it

@@ -210,6 +210,11 @@ def test_each_bad_size_is_a_sentence(wrong):
         scaling.plan(**{"vocab_size": V, **wrong})
 
 
+def test_a_context_in_which_nothing_follows_is_refused():
+    with pytest.raises(UserError, match="--max-seq-len=1 must be at least 2"):
+        scaling.plan(4, vocab_size=V, sequence_len=1)
+
+
 @pytest.mark.parametrize("name", ["target_flops", "target_param_data_ratio"])
 def test_a_run_without_an_end_is_refused(name):
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}=inf must be finite"):

@@ -304,3 +304,16 @@ def test_on_cpu_blocks_by_hand_train_and_plain_ones_where_asked_or_elsewhere():
     assert model.run_block is gpt.run_block  # evaluation goes on with the plain one
     assert train.fastest(model, RT, wanted=False) == (model, "plain: --compile=off")
     assert train.fastest(model, Runtime.single("mps"))[0] is model
+
+
+def test_on_cpu_scores_as_high_as_they_get_are_finite_in_fp16():
+    """Query and key alike: QK_SCALE^2 sqrt(64) = 11.5, and exp of it is more than fp16's 65,504."""
+    runtime = Runtime.single("cpu", torch.float16)
+    model = tiny_gpt(n_head=1, n_kv_head=1, n_embd=64, n_layer=1, window_pattern="L")
+    attn = model.transformer.h[0].attn
+    attn.c_k.weight.data.copy_(attn.c_q.weight)
+    model.compute_dtype = runtime.dtype
+    forward, how = train.fastest(model, runtime)
+    ids = torch.arange(20)[None]
+    assert how.startswith("plain") and forward(ids, ids).isfinite()
+    assert not model.by_hand()(ids, ids).isfinite()  # why
