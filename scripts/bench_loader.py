@@ -85,6 +85,8 @@ def main(cfg: Config) -> dict:
     """Measure and print; returns the figures."""
     if min(cfg.seconds, cfg.step_ms, cfg.lanes) <= 0:
         raise UserError("--seconds, --step-ms and --lanes must be more than 0.")
+    if cfg.mode not in ("crop", "lossless"):
+        raise UserError(f"--mode={cfg.mode} is unknown: use crop or lossless.")
     synthetic = cfg.dataset == "synthetic"
     corpus = Synthetic() if synthetic else open_corpus(cfg.dataset)
     tokenizer = ReadyMade() if synthetic else Tokenizer.load(cfg.tokenizer or None)

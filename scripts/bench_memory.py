@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nanochat import attention, cli, cost, hardware, optim, paths, runtime, scaling, train
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 
 # depth, width / 64, kv heads of the heads of 64, vocabulary, context, rows, micro-batches, dtype
@@ -129,6 +130,9 @@ def main(cfg: Config) -> dict:
         found = measure(cfg)
         print(json.dumps(found))
         return found
+    if cfg.device_type not in CASES:
+        raise UserError(f"--device-type={cfg.device_type} has no cases: use {' or '.join(CASES)}.")
+    runtime.pick_device(cfg.device_type)
     cases = CASES[cfg.device_type]
     rows = []
     for case in cases if cfg.only < 0 else [cases[cfg.only]]:

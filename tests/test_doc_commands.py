@@ -1,24 +1,19 @@
 """Every command that a document, a skill, an agent or a script's help names: its program, flags and paths are there.
 
-Those of training and of the world outside are parsed and checked, as far as that goes without work; whatever only looks
-at what is there is really run, on an artefact folder with tiny models under the names that the documents use.
+Here they are found, parsed and checked, as far as that goes without work; tests/test_doc_commands_run.py runs them.
 """
 
 import ast
-import contextlib
 import dataclasses
+import functools
 import importlib
 import re
 import shlex
-import shutil
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from test_docs import DOCUMENTS, ROOT, config_of
-from tiny_model import TOKENIZER, save_checkpoint
 
-from nanochat import cli, record
+from nanochat import cli
 from nanochat.errors import UserError
 
 PROGRAMS = sorted((ROOT / "scripts").glob("*.py"))
@@ -29,7 +24,6 @@ KNOWN = {  # programs that a document may name besides ours
 OURS = re.compile(r"^(?:nanochat|scripts|tasks|runs|tests|dev|docs|visualize|\.claude)/[\w./-]+$")
 RECIPES_OF_PRETRAINING = ("runs/multinode.sh", "runs/slurm.sbatch")  # hand their arguments on to scripts.base_train
 SPAN = re.compile(r"(?<!`)`((?:[A-Z_]+=\S+ )*(?:python -m|torchrun(?= -)|bash|sbatch|sky jobs) [^`\n]+)`(?!`)")
-
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -49,20 +43,29 @@ def usage(path):
     return [line.removesuffix("'") if line.count("'") == 1 else line for line in found]  # the end of bash -c '...'
 
 
+class Words(list):
+    """The words of a command, and the `variables` set in front of it: {name: value}."""
+
+    def __init__(self, words=()):
+        super().__init__(words)
+        self.variables = {}
+
+
 def statements(lines):
-    """Every single command of these lines, as words; pipes and && part them, arguments and variables are made up."""
+    """Every single command of these lines, as Words; pipes and && part them, arguments and variables are made up."""
     for line in lines:
         line = re.sub(r"\$\{?\w+\}?", "12", line.replace("$ARGUMENTS", "gpt"))
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
         lexer.whitespace_split = True
-        words = []
+        words = Words()
         for word in [*lexer, ";"]:
             if set(word) <= set("|&;"):
-                while words and re.match(r"^[A-Z_]+=", words[0]):  # VARIABLE=value in front
-                    words.pop(0)
                 if words:
                     yield words
-                words = []
+                words = Words()
+            elif not words and re.match(r"^[A-Z_]+=", word):
+                name, _, value = word.partition("=")
+                words.variables[name] = value
             else:
                 words.append(word)
 
@@ -75,6 +78,26 @@ def target(words):
     return words[at], [word for word in words[at + 1 :] if word != "--"]
 
 
+def sources():
+    """Each file that may name commands, and its lines of shell."""
+    for path in DOCUMENTS:
+        yield path, code(path.read_text(encoding="utf-8"))
+    for path in PROGRAMS:
+        yield path, usage(path)
+
+
+@functools.cache
+def variables():
+    """The environment variables that our programs and recipes read, and those of others that the documents set."""
+    found = {"GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"}
+    for folder in ("nanochat", "scripts", "tasks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found |= set(re.findall(r"environ(?:\.get\(|\[)[\"']([A-Z_]+)", path.read_text(encoding="utf-8")))
+    for path in (ROOT / "runs").iterdir():
+        found |= set(re.findall(r"\$\{([A-Z_]+):?[-?]", path.read_text(encoding="utf-8")))
+    return found
+
+
 def check_training(module, arguments):
     """Assert that a program takes these flags, and, where it trains, that they go together."""
     cfg = cli.parse(config_of(module), arguments)
@@ -85,6 +108,10 @@ def check_training(module, arguments):
 
 def check_statement(words, where):
     """Assert that a documented command exists: a known program, a module with these flags, paths that are there."""
+    unknown = set(words.variables) - variables()
+    assert not unknown, f"{where}: nothing reads {unknown}"
+    if words[0] == "torchrun":
+        importlib.import_module("torch.distributed.run").get_args_parser().parse_args(words[1:])
     for before, word in zip(["", *words], words):
         made = word.startswith("--out") or before.startswith("--out")  # by the command itself
         for part in (word, word.partition("=")[2]):
@@ -134,10 +161,12 @@ def test_every_command_of_a_scripts_help_exists(path):
 WRONG = {  # by what is wrong with it
     "flag": "python -m scripts.base_train --seq-len=3",
     "flag behind torchrun": "torchrun --nproc_per_node=8 -m scripts.chat_sft -- --lr=1",
+    "flag of torchrun": "torchrun --nprocs=8 -m scripts.chat_sft",
     "flag behind &&": "cd x && python -m scripts.plan --dept=3",
     "flag through a recipe": "bash runs/multinode.sh --dept=3",
     "flag through SLURM": "sbatch --nodes=1 runs/slurm.sbatch --dept=3",
     "variable": "sky jobs launch runs/sky.yaml --env DEEP=3",
+    "variable in front": "POCKETS=1 bash runs/speedrun.sh",
     "value": "python -m scripts.chat_rl --num-samples=many",
     "values together": "python -m scripts.base_train --fp8 --shard=full",
     "module": "python -m scripts.no_such",
@@ -162,13 +191,13 @@ def test_a_wrong_command_is_caught_in_every_kind_of_file(kind, wrong, tmp_path):
     text = (ROOT / kind).read_text(encoding="utf-8")
     program = kind.endswith(".py")
     places = [f"\n\n    {WRONG[wrong]}\n"] if program else [f"\n```bash\n{WRONG[wrong]}  # words\n```\n"]
-    if not program and WRONG[wrong].startswith(("python", "torchrun", "bash", "sbatch", "sky")):
+    if not program and SPAN.fullmatch(f"`{WRONG[wrong]}`"):
         places.append(f"\nwrite `{WRONG[wrong]}` to see\n")
     for place in places:
         cut = text.index("\n\n", text.index('"""')) if program else len(text)
         (tmp_path / "copy").write_text(text[:cut] + place + text[cut:], encoding="utf-8")
         lines = usage(tmp_path / "copy") if program else code((tmp_path / "copy").read_text(encoding="utf-8"))
-        if program and not WRONG[wrong].startswith(("python", "torchrun", "bash")):
+        if program and not re.match(r"(?:[A-Z_]+=\S+ )?(?:python|torchrun|bash)", WRONG[wrong]):
             continue  # a script's help names our programs only
         with pytest.raises((AssertionError, SystemExit, ModuleNotFoundError, UserError)):
             for words in statements(lines):
@@ -183,89 +212,3 @@ def test_commands_are_found_as_they_are_written():
         ["python", "-m", "scripts.base_train", "--depth=4", "--resume"], ["tail", "-n", "3"],
         ["python", "-m", "scripts.plan"],
     ]  # fmt: skip
-
-
-# -- really run --------------------------------------------------------------------------------------------------------
-
-RUN = (  # programs that only look, or write what a test can throw away
-    "scripts.checkpoints", "scripts.debug_loss", "scripts.doctor", "scripts.explain", "scripts.export",
-    "scripts.inspect_hang", "scripts.plan", "scripts.preflight", "scripts.rent", "scripts.report", "scripts.series",
-    "scripts.verify_data", "scripts.visualize_data",
-)  # fmt: skip
-LONG = ("scripts.export", "scripts.report", "scripts.visualize_data")  # draw, or load other libraries: seconds
-NOT_RUN = {  # of those, commands that need what no test has
-    ("scripts.checkpoints", "convert"): "a checkpoint of the published code (test_checkpoints)",
-    ("scripts.doctor", "--network"): "the network",
-    ("scripts.export", "--push=USER/NAME"): "an account",
-    ("scripts.export", "--import-from=FOLDER"): "an exported folder (test_export)",
-    ("scripts.export", "--format=onnx"): "half a minute (test_export)",
-    ("scripts.verify_data", "--dataset=climbmix"): "the corpus",
-}
-TAGS = ("12", "d12", "pocket", "other", "a", "b", "try_a", "scaling_d4", "miniseries_d4")  # 12 stands for $0
-
-
-def runnable():
-    """Each command that is really run, once, with the first place that names it."""
-    found = {}
-    sources = [(path, code(path.read_text(encoding="utf-8"))) for path in DOCUMENTS]
-    for path, lines in [*sources, *((path, usage(path)) for path in PROGRAMS)]:
-        for words in statements(lines):
-            module, arguments = target(words) or ("", [])
-            if module in RUN and not any(module == m and flag in arguments for m, flag in NOT_RUN):
-                found.setdefault((module, *arguments), path.name)
-    slow = {module: [pytest.mark.slow] for module in LONG}
-    names = {key: f"{name}: {' '.join(key)}"[:90] for key, name in found.items()}
-    return [pytest.param(key[0], key[1:], id=names[key], marks=slow.get(key[0], [])) for key in found]
-
-
-@pytest.fixture(scope="module")
-def artefacts(tmp_path_factory):
-    """A project folder with artefacts: tiny models of every stage and name, their records, a corpus, a series."""
-    top = tmp_path_factory.mktemp("artefacts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(top / "base"))
-        patch.setitem(TOKENIZER.meta, "dataset", {"dataset": "tinyworld"})
-        for source, folder in (("base", "base"), ("sft", "chatsft"), ("rl", "chatrl")):
-            root = top / "base" / f"{folder}_checkpoints"
-            save_checkpoint(source, tag=TAGS[0], step=300)
-            write_record(root / TAGS[0] / "record.jsonl", source)
-            for tag in TAGS[1:]:
-                shutil.copytree(root / TAGS[0], root / tag)
-    for folder in ("shards", "FOLDER"):
-        (top / folder).mkdir()
-        for i in range(2):
-            text = pa.table({"text": [f"Text {i} {j} of {folder}." for j in range(20)]})
-            pq.write_table(text, top / folder / f"shard_{i:05d}.parquet")
-    shutil.copy(ROOT / "CLAUDE.md", top)
-    shutil.copy(ROOT / "nanochat" / "prices.csv", top / "my_prices.csv")
-    (top / "miniseries.csv").write_text("depth,flops,val_bpb\n4,1e12,1.0\n6,1e13,0.9\n")
-    (top / "nanochat").symlink_to(ROOT / "nanochat")  # paths of the project
-    return top
-
-
-def write_record(path, stage):
-    """The record of a short run that has ended."""
-    log = record.Record(path, stage=stage, config={})
-    config = {"n_layer": 3, "n_embd": 32, "vocab_size": 265}
-    log.event("plan", plan={"config": config, "parameters": {"total": 9, "scaling": 5}, "batch": 8, "iterations": 40,
-                            "tokens": 320, "flops": 1e9})  # fmt: skip
-    for step in range(40):
-        log.step(step, loss=5.0 / (step + 1), smooth_loss=5.0 / (step + 1), lr=1.0, grad_norm=0.1, seconds=0.1,
-                 tokens_per_second=80.0)  # fmt: skip
-    log.eval(40, val_bpb=1.5)
-    log.close(seconds=4.0, val_bpb=1.5, tokens_per_second=80.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("module", "arguments"), runnable())
-def test_a_command_that_only_looks_really_runs(module, arguments, artefacts, tmp_path, monkeypatch, capsys):
-    shutil.copytree(artefacts, tmp_path / "here", symlinks=True)
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "here" / "base"))
-    script = importlib.import_module(module)
-    cfg = cli.parse(script.Config, list(arguments))
-    needs_gpu = module == "scripts.plan" and "--gpu" not in " ".join(arguments).replace("--gpus", "")
-    refusal = contextlib.suppress(UserError) if needs_gpu else contextlib.nullcontext()
-    with refusal:  # a plan by hours wants to know for which GPU
-        script.main(cfg)
-    assert capsys.readouterr().out.strip() or needs_gpu

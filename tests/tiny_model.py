@@ -27,11 +27,15 @@ def tiny_gpt(seed=0, **changes):
     return model.eval()
 
 
-def save_checkpoint(source="sft", tag="d3", step=5, **changes):
-    """Write TOKENIZER and a tiny_gpt as a complete checkpoint into the artefact folder; returns the model."""
+def save_checkpoint(source="sft", tag="d3", step=5, more=None, **changes):
+    """Write TOKENIZER and a tiny_gpt as a complete checkpoint into the artefact folder; returns the model.
+
+    `more` goes into its meta.
+    """
     model = tiny_gpt(**changes)
     TOKENIZER.save()
     meta = {"stage": source, "config": dataclasses.asdict(model.config), "tokenizer": TOKENIZER.fingerprint}
+    meta |= more or {}
     saving.save(checkpoint.folder(source) / tag, step, model=model, meta=meta, runtime=Runtime.single())
     return model
 
