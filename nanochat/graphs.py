@@ -40,6 +40,7 @@ class StaticDecode:
         """The weights have changed: lay them out and record anew."""
         self.runner.refresh()
         self._recorded.clear()
+        self._pool = None  # torch refuses to record into a pool whose graphs are all gone
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """fp32 logits (rows, V): of every row, valid until the next call."""

@@ -172,3 +172,36 @@ def test_a_fault_of_the_gpu_is_not_taken_for_a_kernel_that_reads_no_blocks(monke
         monkeypatch.setattr(torch, maker, lambda *args, real=real, device, **how: real(*args, **how))
     with pytest.raises(type(error)) if answer is None else contextlib.nullcontext():
         assert paged.reads_blocks.__wrapped__(torch.float32, 16) is answer
+
+
+def test_graphs_recorded_anew_ask_for_no_pool_whose_graphs_are_gone(monkeypatch):
+    """torch asserts that another living graph uses the pool which a recording asks for."""
+    pools = []
+
+    @contextlib.contextmanager
+    def recording(graph, pool):
+        pools.append(pool)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(replay=lambda: None, pool=lambda: (0, len(pools)))
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": lambda: graph}
+    fakes |= {"graph": recording, "stream": lambda one: contextlib.nullcontext()}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    model = tiny_gpt()
+    runner = Runner(model)
+    cache = KVCache(model.config, runner.device, runner.dtype, max_len=8, rows=2, size=4)
+    decoder, pages = StaticDecode(runner, cache, 2, graphs=True), cache.pages()
+    assert pages.grow(1)
+    with torch.inference_mode():
+        decoder.refresh()
+        for rows in (1, 2, 1):  # the second shares the first one's memory, the third is recorded already
+            batch = Batch()
+            for _ in range(rows):
+                batch.add(pages, [5], 0)
+            decoder(batch)
+        assert pools == [None, (0, 1)]
+        decoder.refresh()
+        decoder(batch)
+    assert pools[2:] == [None]
