@@ -51,8 +51,9 @@ class KVCache:
 
     def _sequences(self, device, whole: int, rows: int) -> float:
         """How many whole sequences fit the share of memory."""
-        if torch.device(device).type == "cuda":
-            limit = SHARE * torch.cuda.mem_get_info(device)[0]
+        if torch.device(device).type == "cuda":  # what torch holds and nobody uses is free, though not to the driver
+            held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            limit = SHARE * (torch.cuda.mem_get_info(device)[0] + held)
         else:
             limit = min(SHARE * psutil.virtual_memory().available, MOST_ON_CPU)
         if whole > limit:

@@ -59,7 +59,8 @@ class Scheduler:
         room = self.cache.max_len - len(sequence)
         if sequence.sampling.max_tokens is not None:
             room = min(room, sequence.sampling.max_tokens - len(sequence.tokens))
-        guesses = sequence.draft(min(self.guesses, rows, room - 1)) if self.guesses else []
+        most = min(self.guesses, rows, room - 1)
+        guesses = sequence.draft(most) if most > 0 else []
         return guesses if guesses and sequence.pages.grow(len(sequence) + len(guesses)) else []
 
     # -- coming --------------------------------------------------------------------------------------------------------

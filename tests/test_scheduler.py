@@ -3,15 +3,20 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import GREEDY, MODEL, WIDE, check_greedy, prompt
-from tiny_model import TOKENIZER, Scripted, tiny_gpt
+from tiny_model import TOKENIZER, Scripted, ids_of, tiny_gpt
 
 from nanochat.blocks import BlockPool, Pages
 from nanochat.engine import Engine
+from nanochat.kvcache import KVCache
 from nanochat.sampling import Sampling
+from nanochat.scheduler import GUESS_ROWS
 from scripts import bench_engine_schedules as schedules
+
+GREEDY_LONG = Sampling(temperature=0, max_tokens=50)
 
 # -- any schedule -----------------------------------------------------------------------------------------------------
 
@@ -174,3 +179,23 @@ def test_two_share_full_blocks_and_copy_the_last():
     assert pools[0].used == 3
     twin.release()
     assert pools[0].used == 0
+
+
+def test_what_a_tool_forces_takes_no_rows_that_are_not_there():
+    """A GPU's graphs end at the larger of slots and GUESS_ROWS: one row more, and every reply of the step fails."""
+    slots = GUESS_ROWS + 4
+    said = ids_of("«9999999*9999999»‹99999980000001›")
+    model = Scripted([0, *said, *ids_of(".")])
+    engine = Engine(model, TOKENIZER, slots=slots)
+    (replies,) = engine.complete([[0]], GREEDY_LONG, n=slots)
+    assert all(reply.ids == said and not all(reply.mask) for reply in replies)
+    assert max(model.rows) == slots
+
+
+def test_memory_that_torch_holds_for_nobody_is_a_caches_too(monkeypatch):
+    """After a training step most of a GPU is held by torch's allocator, free for whoever asks it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    cache = object.__new__(KVCache)
+    assert cache._sequences("cuda", whole=10, rows=4) == pytest.approx(0.4 * (10 + 60 - 20) / 10)
