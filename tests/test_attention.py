@@ -5,7 +5,7 @@ import torch
 
 from nanochat import attention
 from nanochat.errors import UserError
-from nanochat.kernels import flash3, sdpa
+from nanochat.kernels import flash3, flex, sdpa
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {  # rows, Tq, Tk, H, Hkv, D, window
@@ -135,13 +135,16 @@ def test_flash3_is_pinned_and_fetched_only_when_all_else_holds_pitfall_17(monkey
     """On a Hopper GPU without the package, or without the hub, the reason is one line; elsewhere nothing is tried."""
     assert len(flash3.REVISION) == 40 and int(flash3.REVISION, 16)
     tried = []
-    monkeypatch.setattr(flash3, "_fetched", lambda: (tried.append(1), "could not be fetched: offline"))
+    monkeypatch.setattr(flash3, "FOUND", {})
+    monkeypatch.setattr(flash3, "_fetch", lambda: (tried.append(1), "could not be fetched: offline"))
     assert flash3.needs(torch.device("cpu"), torch.bfloat16) and not tried
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "Hopper" in flash3.needs(torch.device("cuda"), torch.bfloat16) and not tried
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert "float32" in flash3.needs(torch.device("cuda"), torch.float32) and not tried
-    assert flash3.needs(torch.device("cuda"), torch.bfloat16) == "could not be fetched: offline" and tried
+    for _ in range(2):
+        assert flash3.needs(torch.device("cuda"), torch.bfloat16) == "could not be fetched: offline"
+    assert tried == [1]  # once a process
 
 
 def test_flash3_reports_a_failed_fetch_in_one_line_pitfall_17(monkeypatch):
@@ -152,7 +155,30 @@ def test_flash3_reports_a_failed_fetch_in_one_line_pitfall_17(monkeypatch):
             raise OSError("no\nroute to\nthe hub")
 
     monkeypatch.setitem(__import__("sys").modules, "kernels", Hub)
-    flash3._fetched.cache_clear()
-    kernel, reason = flash3._fetched()
-    flash3._fetched.cache_clear()
+    kernel, reason = flash3._fetch()
     assert kernel is None and reason == "could not be fetched: no route to the hub"
+
+
+@pytest.mark.slow  # for its imports
+def test_flash3_is_compiled_without_the_fetching(monkeypatch):
+    """torch.compile looks through functools.cache: then each layer would trace the hub's client, or break its graph."""
+    fetched = []
+
+    def kernel(q, k, v, causal, window_size):
+        return attention.reference(q, k, v, window_size[0])
+
+    monkeypatch.setattr(flash3, "FOUND", {})
+    monkeypatch.setattr(flash3, "_fetch", lambda: (fetched.append(1), (kernel, None))[1])
+    assert flash3.found()["why"] is None  # as `choose` does
+    tensors = [x.detach() for x in inputs(1, 20, 20, 2, 2, 8, torch.float32, "cpu")]
+    y = torch.compile(flash3.attend, fullgraph=True, backend="eager")(*tensors, 5)
+    torch.testing.assert_close(y, attention.reference(*tensors, 5))
+    assert fetched == [1]
+
+
+def test_flex_compiles_nothing_where_no_gradient_is_wanted(monkeypatch):
+    """Prompts and evaluations have a length of their own each time: a kernel for each would take half a minute."""
+    monkeypatch.setattr(flex, "_compiled", lambda: pytest.fail("it compiles"))
+    tensors = [x.detach() for x in inputs(1, 40, 40, 2, 2, 8, torch.float32, "cpu")]
+    with torch.no_grad():
+        torch.testing.assert_close(flex.attend(*tensors, 7), attention.reference(*tensors, 7))

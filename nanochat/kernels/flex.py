@@ -1,7 +1,8 @@
 """Attention by FlexAttention: a kernel compiled for our mask that skips the blocks outside the window. CUDA only.
 
 On CPU and MPS it has no backward (torch 2.13 raises NotImplementedError; pytorch issues 148752, 169224). It serves
-the windowed layers of training; full layers and cached decoding, where the length changes every step, go to `sdpa`.
+the windowed layers of training. Full layers go to `sdpa`, and all where no gradient is wanted: evaluation and prompts
+have a length of their own each time, and each would be compiled.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _mask(length: int, window: int, device: torch.device):
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """The contract of nanochat/attention.py: q, y (B, Tq, H, D), k, v (B, Tk, Hkv, D)."""
     length = k.size(1)
-    if q.size(1) != length or window >= length - 1:
+    if q.size(1) != length or window >= length - 1 or not torch.is_grad_enabled():
         return sdpa.attend(q, k, v, window)
     mask = _mask(length, window, q.device)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
