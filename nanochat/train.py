@@ -10,6 +10,7 @@ import base64
 import contextlib
 import dataclasses
 import gc
+import importlib.util
 import math
 import os
 import random
@@ -167,6 +168,8 @@ def optimizer_step(optimizer, scaler: Scaler, loss: float, *, step: int, positio
     elif not math.isfinite(norm) and not scaler.enabled:
         where = faults.backward_culprit(optimizer.nonfinite())
         faults.check_finite(loss, norm, step=step, position=position, where=where)
+    if spikes:
+        spikes.why = ""  # the last step's, if fp16 lets this one not come to judgement
     if scaler.accept(norm) and not (spikes and spikes.judge(step, loss, norm)):
         optimizer.step(lr_mult, momentum, weight_decay)
     optimizer.zero_grad()
@@ -333,6 +336,8 @@ def fastest(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> tu
         return model.by_hand(), "blocks by hand, with their own attention; nothing to compile"
     if runtime.device.type == "mps":
         return model, "plain: torch.compile is not used on MPS"
+    if importlib.util.find_spec("triton") is None:
+        return model, "plain: torch.compile needs triton, which is not installed"
     with warnings.catch_warnings():  # torch's own imports use what torch deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
         if shard.sharded(model):

@@ -129,3 +129,14 @@ def test_a_spike_skips_the_update():
         norm = step(model, optimizer, loss, spikes=rule)
         assert norm == pytest.approx(1.0, rel=1e-3) and all(p.grad is None for p in model.parameters())
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters())) == moves
+
+
+def test_a_step_that_overflows_after_a_spike_is_no_second_spike():
+    """In fp16: a rollback for it would throw good steps away."""
+    model, optimizer = model_and_optimizer()
+    rule, scaler = usual(faults.Spikes(8.0)), train.Scaler.of(torch.float16)
+    for loss, size, spike in ((9.0, 1.0, True), (3.0, math.inf, False)):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, size)
+        train.optimizer_step(optimizer, scaler, loss, step=1, position="", lr_mult=1.0, momentum=0.9, spikes=rule)
+        assert bool(rule.why) == spike

@@ -317,3 +317,12 @@ def test_on_cpu_scores_as_high_as_they_get_are_finite_in_fp16():
     ids = torch.arange(20)[None]
     assert how.startswith("plain") and forward(ids, ids).isfinite()
     assert not model.by_hand()(ids, ids).isfinite()  # why
+
+
+def test_a_gpu_without_triton_trains_plain(monkeypatch):
+    model = tiny_gpt()
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    assert train.fastest(model, Runtime.single("cuda")) == (
+        model,
+        "plain: torch.compile needs triton, which is not installed",
+    )
