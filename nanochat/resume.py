@@ -126,7 +126,8 @@ def restore(
     moments = found.optimizer()
     if moments is None:
         raise UserError(f"{found.path} holds no optimizer state: it can be used, but not resumed.")
-    checkpoint.restore(model, found.weights(runtime.device), found.path)
+    where = "cpu" if shard.sharded(model) else runtime.device  # a model that is sharded does not fit a device whole
+    checkpoint.restore(model, found.weights(where), found.path)
     optimizer.load_state(moments)
     states = found.rank_states()
     if found.world == runtime.world:

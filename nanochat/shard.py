@@ -67,12 +67,16 @@ def is_part(p: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def whole(model: torch.nn.Module) -> Iterator[None]:
     """Inside, every rank has all parameters whole and may run the model on its own, without the others. Collective."""
-    parts = [m for m in model.modules() if hasattr(m, "unshard")] if sharded(model) else []
+    if not sharded(model):
+        yield
+        return
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # else each shape that is evaluated compiles the blocks anew
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)

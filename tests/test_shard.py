@@ -1,12 +1,13 @@
 """Parameters sharded with FSDP2 learn what whole ones learn, and a rank can still use the whole model by itself."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_optim import RATES, rows, tiny, train_some
 
-from nanochat import checkpoint, shard
+from nanochat import checkpoint, resume, shard, train
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import Runtime
@@ -91,3 +92,32 @@ def test_a_model_that_is_not_sharded_is_whole():
     assert not shard.sharded(model)
     with shard.whole(model):
         assert model(rows(0)[:1, :5]).shape[:2] == (1, 5)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_model_too_large_for_a_device_is_resumed_by_way_of_host_memory(monkeypatch, sharded):
+    asked = []
+    found = SimpleNamespace(path="there", world=1, meta={"meter": {}, "scaler": {}}, optimizer=dict)
+    found.weights, found.rank_states = asked.append, lambda: [{"rng": train.rng_state()}]
+    monkeypatch.setattr(shard, "sharded", lambda model: sharded)
+    monkeypatch.setattr(checkpoint, "restore", lambda *_: None)
+    optimizer, rt = SimpleNamespace(load_state=lambda moments: None), Runtime.single("cuda")
+    resume.restore(found, None, optimizer, rt)
+    assert asked == ["cpu" if sharded else rt.device]
+
+
+@pytest.mark.slow  # for its imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own imports use what torch deprecates
+def test_evaluating_a_sharded_model_compiles_nothing(monkeypatch):
+    """Its blocks are compiled for the shape of a training batch; what is evaluated has others."""
+    from torch._dynamo.utils import counters
+
+    model = tiny()
+    ids = rows(0)[:1, :5]
+    expected = model(ids)
+    monkeypatch.setattr(shard, "sharded", lambda model: True)
+    shard.compile_blocks(model)
+    counters.clear()
+    with train.resting(model):
+        assert torch.equal(model(ids), expected)
+    assert not counters["frames"]
