@@ -45,7 +45,7 @@ def folder(source: str) -> Path:
 
 def run_folder(source: str, tag: str) -> Path:
     """Where the checkpoints of one run live. UserError: the tag is not a plain name, so it could mean any place."""
-    if Path(tag).name != tag or tag == "..":
+    if not tag or Path(tag).name != tag or tag == "..":
         raise UserError(f"--model-tag={tag} is not a plain name: leave out slashes (NANOCHAT_BASE_DIR says where).")
     return folder(source) / tag
 

@@ -210,7 +210,7 @@ def convert(cfg: Config) -> list[dict]:
             f"{found[step]} has {model.config.vocab_size} tokens and the tokenizer in {paths.base_dir()} has "
             f"{tokenizer.vocab_size}: put the tokenizer there that it was trained with."
         )
-    root = checkpoint.folder(cfg.source) / cfg.model_tag
+    root = checkpoint.run_folder(cfg.source, cfg.model_tag)
     if step in checkpoint.complete_steps(root):
         raise UserError(f"{root} already has a step {step}: choose another --model-tag.")
     about = {"stage": cfg.source, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer.fingerprint,

@@ -146,6 +146,8 @@ def test_what_can_not_be_converted_is_a_sentence(old, tmp_path):
         convert(old[0], step=3)
     with pytest.raises(UserError, match="needs --path"):
         main(Config("convert"))
+    with pytest.raises(UserError, match="not a plain name"):
+        main(Config("convert", path=str(old[0]), source="base", model_tag="../d2"))
     meta = json.loads((old[0] / "meta_000700.json").read_text())
     (old[0] / "meta_000700.json").write_text(json.dumps(meta | {"model_config": {"n_layer": 2}}))
     with pytest.raises(UserError, match="does not describe a model of ours"):

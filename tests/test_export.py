@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -138,6 +139,8 @@ def test_an_exported_model_comes_back_bit_for_bit(folder, tmp_path, monkeypatch)
     Tokenizer.from_ranks([bytes([i]) for i in reversed(range(256))]).save()
     with pytest.raises(UserError, match="another tokenizer"):
         hub.read(folder, tag="more")
+    with pytest.raises(UserError, match="not a plain name"):
+        hub.read(folder, tag="../elsewhere")
     assert out["path"].endswith("back/step_000005")
 
 
@@ -298,3 +301,34 @@ def test_a_disk_too_small_is_a_sentence_before_anything_is_written(base_dir, tmp
     with pytest.raises(UserError, match="takes about .* MB and its disk has 0 MB free: free some space"):
         export.main(export.Config(output=str(target), format=kind))
     assert not (tmp_path / "far").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda content: [content], "has format None"),
+        (lambda content: content | {"format": 99}, "has format 99"),
+        (lambda content: content | {"meta": None}, "is damaged"),
+        (lambda content: content | {"meta": content["meta"] | {"step": "../../5"}}, "is damaged"),
+        (lambda content: content | {"meta": content["meta"] | {"config": {"layers": 3}}}, "no model of ours"),
+        (lambda content: content | {"meta": content["meta"] | {"stage": "../../up"}}, "is unknown"),
+    ],
+)
+def test_a_folder_from_a_stranger_is_read_with_care(folder, tmp_path, monkeypatch, change, says):
+    """It says where it goes, so it might say anywhere."""
+    shutil.copytree(folder, tmp_path / "theirs")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    path = tmp_path / "theirs" / "nanochat.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=says):
+        hub.read(tmp_path / "theirs")
+
+
+def test_an_imported_model_is_named_by_its_folder_and_by_nothing_inside_it(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "theirs")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    path = tmp_path / "theirs" / "nanochat.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"meta": content["meta"] | {"tag": "../../../elsewhere"}}))
+    monkeypatch.chdir(tmp_path / "theirs")
+    assert hub.read(".") == tmp_path / "base" / "chatsft_checkpoints" / "theirs" / "step_000005"

@@ -93,31 +93,46 @@ def _fill(part: Path, source, tokenizer: Tokenizer, config: GPTConfig, card: str
 
 def model_of(folder: Path) -> tuple[gpt.GPT, Tokenizer]:
     """Our own model and tokenizer from an exported folder."""
-    content = paths.read_json(folder / "nanochat.json")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{folder / 'nanochat.json'} has format {content.get('format')}, this version reads {FORMAT}.")
+    content = _about(folder)
     ranks = tokenizer_json.ranks_of(paths.read_json(folder / "tokenizer.json"))
     tokenizer = Tokenizer.from_ranks(ranks, content["tokenizer_meta"])
     if tokenizer.fingerprint != content["meta"]["tokenizer"]:
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer of its model: export the model again.")
-    model = gpt.GPT(GPTConfig(**content["meta"]["config"]))
+    try:
+        config = GPTConfig(**content["meta"]["config"])
+    except TypeError as error:
+        raise UserError(f"{folder / 'nanochat.json'} describes no model of ours ({error}).") from error
+    model = gpt.GPT(config)
     checkpoint.restore(model, _weights(folder / "model.safetensors"), folder)
     return model.eval(), tokenizer
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What nanochat.json of an exported folder says; it may come from a stranger."""
+    content = paths.read_json(folder / "nanochat.json")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise UserError(f"{folder / 'nanochat.json'} has format {found}, this version reads {FORMAT}.")
+    meta = content.get("meta")
+    kinds = {"config": dict, "tokenizer": str, "stage": str, "step": int}
+    if not (isinstance(meta, dict) and all(isinstance(meta.get(name), kind) for name, kind in kinds.items())):
+        raise UserError(f"{folder / 'nanochat.json'} is damaged: get the folder again.")
+    return content
 
 
 def read(folder: Path | str, stage: str | None = None, tag: str | None = None) -> Path:
     """Make an exported folder a checkpoint of this artefact folder; returns its path.
 
-    stage (base, sft, rl) and tag: default to what was exported. The tokenizer is installed where there is none; another
-    one there is a UserError, because every model of an artefact folder shares one.
+    stage (base, sft, rl): by default what was exported; tag: the folder's name. The tokenizer is installed where there
+    is none; another one there is a UserError, because every model of an artefact folder shares one.
     """
     folder = Path(folder)
     model, tokenizer = model_of(folder)
-    meta = paths.read_json(folder / "nanochat.json")["meta"]
-    _install(tokenizer)
-    root = checkpoint.folder(stage or meta["stage"]) / (tag or meta.get("tag") or folder.name)
+    meta = _about(folder)["meta"]
+    root = checkpoint.run_folder(stage or meta["stage"], tag or folder.resolve().name)
     if checkpoint.complete_steps(root):
         raise UserError(f"{root} has checkpoints already: give another name with --model-tag.")
+    _install(tokenizer)
     kept = {name: value for name, value in meta.items() if name not in ("format", "step", "world")}
     kept |= {"stage": stage or meta["stage"], "imported_from": folder.name}
     return saving.save(root, meta["step"], model=model, meta=kept, runtime=Runtime.single())
