@@ -91,6 +91,7 @@ def test_metrics_count_and_tell_no_text(hello):
     text = httpx.get(hello + "/metrics").text
     assert 'nanochat_requests_total{path="/chat/completions",status="200"}' in text
     assert 'nanochat_engine_ready{engine="0"} 1.0' in text and "nanochat_time_to_first_token_seconds_count" in text
+    assert 'nanochat_replies_total{finish="stop"}' in text
     assert "secret" not in text and 'path="other",status="404"' in text
 
 

@@ -1,6 +1,7 @@
 """What a model says as HTML: Markdown, code, mathematics, steps; nothing that could run, load or lead astray."""
 
 import asyncio
+import errno
 import re
 import time
 
@@ -150,3 +151,23 @@ def test_nobody_waits_for_ever_behind_others():
         return await asyncio.wait_for(renderer.blocks([{"type": "text", "text": "*a*"}]), 15)
 
     assert asyncio.run(run()) == ["<p>*a*</p>"]
+
+
+def test_a_process_that_can_not_be_started_now_is_tried_again(monkeypatch):
+    words = [{"type": "text", "text": "*a*"}]
+
+    async def none(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def run():
+        renderer = Renderer(seconds=30)
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "create_subprocess_exec", none)
+            assert await renderer.blocks(words) == plain(words)
+        try:
+            await renderer.start()
+            assert await renderer.blocks(words) == ["<p><em>a</em></p>\n"]
+        finally:
+            await renderer.close()
+
+    asyncio.run(run())

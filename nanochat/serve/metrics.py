@@ -33,6 +33,8 @@ class Metrics:
 
     def finished(self, ticket: Ticket) -> None:
         """A request is over."""
+        for finish in ticket.ends:
+            self.replies.labels(finish).inc()
         if ticket.first is not None:
             self.first.observe(ticket.first - ticket.begun)
             if ticket.tokens > ticket.replies:

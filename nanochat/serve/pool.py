@@ -103,6 +103,7 @@ class Ticket:
     first: float | None = None  # when the first token came
     tokens: int = 0
     cached: int = 0
+    ends: list[str] = field(default_factory=list)  # why each reply that is over has ended
     why: str = "cancelled"  # what a cancelled reply's end is called
     mute: bool = False  # only the prompt is scored: what the engine makes besides is neither told nor counted
     said: list[list[dict]] = field(default_factory=list)  # the parts of each reply that has ended
@@ -133,6 +134,7 @@ class Ticket:
             self.first = time.monotonic()
         if item.end is not None:
             self.over.add(item.reply)
+            self.ends.append(item.end.finish)
             self.tokens += item.end.tokens
             self.cached += item.end.cached
             self.said.append(item.end.parts)

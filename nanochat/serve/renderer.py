@@ -54,6 +54,9 @@ class Renderer:
             await asyncio.wait_for(asyncio.shield(self.start()), self.seconds)
         except TimeoutError:
             return plain(parts)  # it may be ready for the next one
+        except OSError:  # no process, no memory or no file descriptor to be had now
+            self.starting = None
+            return plain(parts)
         try:
             return await asyncio.wait_for(self._ask(parts), self.seconds)
         except (TimeoutError, ConnectionError):
