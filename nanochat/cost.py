@@ -12,7 +12,6 @@ from nanochat.gpt import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 
 LOSS_CHUNK = (1024, 256)  # rows of logits alive at a time, GPU and CPU: CHUNK, CPU_CHUNK of nanochat/kernels/loss.py
 CPU_PIECE = 2**21  # elements of matrices that Muon moves at once on a CPU: PIECE of nanochat/banks.py
-ROLES = ("matrix", "embedding", "value_embedding", "head", "resid", "x0", "smear_backout")
 
 
 def _value_layers(config: GPTConfig) -> int:

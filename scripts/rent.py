@@ -14,11 +14,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from nanochat import cli, cost, hardware, paths, prices, record, scaling
+from nanochat import cli, hardware, paths, prices, record, scaling
 from nanochat.errors import UserError
-
-ROWS = (32, 16, 8, 4, 2, 1)  # of a micro-batch, tried in this order
-MEMORY_SHARE = 0.85  # of a GPU that the estimate may fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +31,10 @@ class Config:
     output: str = ""  # JSON file for the rows; empty: only print
 
 
-def largest_batch(plan: scaling.Plan, memory_gib: float, gpus: int) -> int:
-    """Rows of a micro-batch that fit this GPU; 0: not even one."""
-    room = memory_gib * 2**30 * MEMORY_SHARE
-    return next((rows for rows in ROWS if cost.memory(plan.config, rows, world=gpus)["total"] <= room), 0)
-
-
 def offer(price: prices.Price, plan: scaling.Plan, cfg: Config, today: datetime.date) -> dict[str, Any]:
     """A row: hours and dollars on this GPU; hours None where its peak is unknown or the model does not fit."""
-    peak, rows = hardware.peak_flops(price.gpu), largest_batch(plan, price.memory_gib, cfg.gpus)
+    peak = hardware.peak_flops(price.gpu)
+    rows = scaling.fitting_rows(plan.config, price.memory_gib * 2**30 * hardware.USABLE, world=cfg.gpus)
     hours = plan.flops / (peak * cfg.mfu * cfg.gpus) / 3600 + cfg.extra_hours if peak and rows else None
     dollars = None if hours is None else (hours * cfg.gpus * price.low, hours * cfg.gpus * price.high)
     why = "" if hours else "peak unknown to nanochat/hardware.py" if not peak else "does not fit its memory"
