@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nanochat.errors import Stopped, UserError
 
@@ -137,6 +137,11 @@ class Record:
         """Print on rank 0."""
         if self.main:
             print(text, flush=True)
+
+    def stop(self, step: int, signum: int) -> NoReturn:
+        """Leave a run that a signal asked to stop, when all is saved: a row, and Stopped, which says how to go on."""
+        self.event("stopped", step=step, signal=signum)
+        raise Stopped(signum, f"stopped by signal {signum} at step {step}: saved; --resume goes on from here.")
 
     def __enter__(self) -> "Record":
         return self

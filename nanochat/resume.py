@@ -115,6 +115,13 @@ class Progress:
         parts = {name: getattr(self, name).state() for name in ("meter", "scaler", "spikes")}
         return parts | {"wandb": log.wandb_id}
 
+    def summary(self, step: int, saver: saving.Saver, runtime: Runtime) -> dict[str, Any]:
+        """What the summary of every stage says: how far, how long, how much memory, and where the end is."""
+        return {
+            "step": step, "seconds": self.meter.seconds, "seconds_saving": saver.blocked,
+            "peak_bytes": runtime.peak_bytes(), "checkpoint": str(saver.root / f"step_{step:06d}"),
+        }  # fmt: skip
+
 
 def restore(
     found: checkpoint.Checkpoint, model: Any, optimizer: Any, runtime: Runtime, deviations: float | None = None

@@ -9,7 +9,7 @@ deviation). There is no KL term, no ratio and no clip, because each sample is us
 (arXiv 2402.03300) made plain, normalised over the step's tokens as in DAPO (arXiv 2503.14476). Tool outputs are read,
 not learned; the token that ends a reply is learned. Groups whose replies all earned the same teach nothing: they are
 left out and cost no forward. Problems: GSM8K, or tinyworld's sums for a tinyworld model.
-Writes chatrl_checkpoints/<tag>/. `--resume` goes on bit for bit.
+Writes chatrl_checkpoints/<tag>/. `--resume` goes on, on a CPU bit for bit.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from nanochat import (
 )
 from nanochat.cli import off
 from nanochat.engine import Engine
-from nanochat.errors import Stopped, UserError, refuse
+from nanochat.errors import UserError, refuse
 from nanochat.sampling import Sampling
 from tasks import mixtures
 
@@ -229,15 +229,14 @@ def main(cfg: Config) -> dict:
         log.say(f"note: {note}")
     watched, traced = watch.Watch(log, rt, off(cfg.watchdog)), profiling.Profile(log, rt, cfg.profile)
     with log, live.View(log), saver, watched, traced, train.StopSignal(rt) as stop:
-        for step in range(start, steps + 1):
-            last, signum = step == steps, stop.agreed(rt)
+        for step in range(start, max(start, steps) + 1):
+            last, signum = step >= steps, stop.agreed(rt)
             if (signum or last or train.due(step, off(cfg.save_every))) and not (found and step == start):
                 saver.save(step, model=model, optimizer=optimizer, rank_state={"rng": train.rng_state()},
                            meta=meta | at.meta(log), wait=bool(last or signum))  # fmt: skip
             log.saves(saver.news())
             if signum:
-                log.event("stopped", step=step, signal=signum)
-                raise Stopped(signum, f"stopped by signal {signum} at step {step}: saved; --resume goes on from here.")
+                log.stop(step, signum)
             if train.due(step, off(cfg.eval_every), last, first=True):
                 metrics = evaluate(model, held_out, tokenizer, cfg, rt)
                 saver.score(step, -metrics["pass@1"])
@@ -272,8 +271,7 @@ def main(cfg: Config) -> dict:
             log.step(step, console, reward=paid / drawn, lr=lr_mult, grad_norm=norm, seconds=seconds,
                      taught=int(taught), targets=tokens, memory=rt.bytes_now(), done=(step + 1) / steps)  # fmt: skip
     # 6. summary ------------------------------------------------------------------------------------------------------
-    summary = {"step": steps, **metrics, "seconds": at.meter.seconds, "seconds_saving": saver.blocked,
-               "peak_bytes": rt.peak_bytes(), "checkpoint": str(root / f"step_{steps:06d}")}  # fmt: skip
+    summary = at.summary(step, saver, rt) | metrics
     log.close(**summary)
     runtime.stop(rt)
     return summary

@@ -6,7 +6,7 @@
 Starts from the newest base checkpoint (`--model-tag`, `--model-step`) and its optimizer's moments; unset rates and
 sizes are inherited from it. The data follow from the base model's corpus: tinyworld's own conversations for a tinyworld
 model, else SmolTalk, MMLU, GSM8K, spelling and, if given, `--identity` conversations. One epoch, unless
---num-iterations. Writes chatsft_checkpoints/<tag>/. `--resume` goes on bit for bit.
+--num-iterations. Writes chatsft_checkpoints/<tag>/. `--resume` goes on, on a CPU bit for bit.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from nanochat import (
 )
 from nanochat.cli import off
 from nanochat.engine import Engine
-from nanochat.errors import Stopped, UserError, refuse
+from nanochat.errors import UserError, refuse
 from nanochat.gpt import GPTConfig
 from tasks import mixtures, suite
 
@@ -219,8 +219,7 @@ def main(cfg: Config) -> dict:
                            wait=bool(last or signum))  # fmt: skip
             log.saves(saver.news())
             if signum:
-                log.event("stopped", step=step, signal=signum)
-                raise Stopped(signum, f"stopped by signal {signum} at step {step}: saved; --resume goes on from here.")
+                log.stop(step, signum)
             if cfg.eval_tokens and (last or train.due(step, off(cfg.eval_every), first=True)):
                 metrics["val_bpb"] = validation_bpb(model, held_out, tokenizer, cfg, size, rt)
                 saver.score(step, metrics["val_bpb"])
@@ -270,11 +269,7 @@ def main(cfg: Config) -> dict:
             calm()
             step += 1
     # 6. summary ------------------------------------------------------------------------------------------------------
-    summary = {
-        "step": step, "loss": at.meter.loss, **metrics, "seconds": at.meter.seconds,
-        "seconds_saving": saver.blocked, "peak_bytes": rt.peak_bytes(),
-        "checkpoint": str(root / f"step_{step:06d}"),
-    }  # fmt: skip
+    summary = at.summary(step, saver, rt) | metrics | {"loss": at.meter.loss}
     log.close(**summary)
     runtime.stop(rt)
     return summary

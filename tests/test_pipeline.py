@@ -170,7 +170,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_pitfalls_7_8(
     moments = load_file(here / folder / "tiny" / f"step_{end:06d}" / "optim.safetensors")
     saved, put_back = checkpoint.load(here / folder / "tiny" / f"step_{cut:06d}").rank_states(), []
     monkeypatch.setattr(train, "set_rng_state", put_back.append)  # no stage draws from it, so no weight would tell
-    stage.main(dataclasses.replace(cfg, resume_from_step=cut))
+    root = here / folder / "tiny" / "record.jsonl"
+    measured = [row.get("min_val_bpb") for row in record.read(root) if row["kind"] == "summary"]
+    best = stage.main(dataclasses.replace(cfg, resume_from_step=cut)).get("min_val_bpb")
+    assert [best] == measured  # of both lives
     assert put_back == [saved[0]["rng"]]
     again = weights(here, folder, end)
     assert all(torch.equal(straight[name], again[name]) for name in straight)
@@ -195,7 +198,7 @@ def test_a_run_that_cannot_begin_leaves_the_one_of_its_name_where_it_is(here, mo
 
 
 @pytest.mark.parametrize("stage", [base_train, chat_sft, chat_rl])
-@pytest.mark.parametrize("tag", ["../tiny", "/tmp/tiny", "a/b", "..", "tiny/"])
+@pytest.mark.parametrize("tag", ["../tiny", "/tmp/tiny", "a/b", "..", ".", "tiny/"])
 def test_a_tag_is_a_name_and_never_a_place(here, stage, tag):
     cfg = {base_train: BASE, chat_sft: SFT, chat_rl: RL}[stage]
     with pytest.raises(UserError, match="is not a plain name"):
@@ -214,6 +217,27 @@ def test_resume_with_other_flags_is_refused_and_lists_them_pitfall_8(here):
     cfg = dataclasses.replace(BASE, resume=True, matrix_lr=0.5, seed=7)
     with pytest.raises(UserError, match=r"(?s)--seed is 7 now.*--matrix-lr is 0\.5 now.*--force"):
         base_train.main(cfg)
+
+
+def test_core_that_is_due_at_the_end_only_may_be_out_of_reach(here, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE", str(here / "nowhere.zip"))
+    cfg = dataclasses.replace(BASE, num_iterations=2, eval_tokens=0, core_metric_every=3, model_tag="offline")
+    assert "core" not in base_train.main(cfg)
+    assert "CORE is not measured at the end: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="CORE bundle"):
+        base_train.main(dataclasses.replace(cfg, core_metric_every=2))
+
+
+@pytest.mark.parametrize(("stage", "cfg"), [(base_train, BASE), (chat_sft, SFT), (chat_rl, RL)])
+def test_a_run_that_is_already_longer_than_it_shall_be_ends_where_it_is(here, monkeypatch, stage, cfg):
+    """Forced to fewer updates than are done, it must not go on for ever, nor name a checkpoint that is not there."""
+
+    def begin(watch, step):
+        raise AssertionError(f"step {step} is begun")
+
+    monkeypatch.setattr(stage.watch.Watch, "begin", begin)
+    summary = stage.main(dataclasses.replace(cfg, num_iterations=1, resume=True, force=True))
+    assert summary["step"] == cfg.num_iterations and checkpoint.load(summary["checkpoint"]).step == cfg.num_iterations
 
 
 def flags(cfg, **changed):
@@ -308,6 +332,7 @@ def test_core_and_samples_are_taken_while_training_and_chatcore_while_fine_tunin
     assert "core" in base_train.main(cfg)
     rows = record.read(here / "base_checkpoints" / "watched" / "record.jsonl")
     assert [row["step"] for row in rows if row.get("core_tasks")] == [3, 4]  # the last step always
+    assert "core" in base_train.main(dataclasses.replace(cfg, core_metric_every=999999, sample_every=-1))
     assert [row["step"] for row in rows if row["kind"] == "sample"] == [2] * 7 + [4] * 7
     cfg = dataclasses.replace(SFT, model_tag="watched", num_iterations=2, eval_tokens=0, chatcore_every=1,
                               chatcore_max_cat=4, chatcore_max_sample=2)  # fmt: skip
