@@ -4,7 +4,7 @@ Legend: B rows, T positions.
 
 On CUDA the thread writes into pinned memory, a ring of slots. The copy to the device is queued, not awaited, so the
 slot may be written again only when the copy is done: an event recorded behind the copy says when (pitfalls 19, 20).
-Elsewhere every batch gets memory of its own. The thread never touches the device.
+Elsewhere every batch gets memory of its own. The thread starts no work on the device.
 """
 
 import logging
