@@ -73,7 +73,13 @@ class Record:
         signed_in = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if signed_in else "offline")
         again = {"id": known, "resume": "allow"} if known else {}
-        return wandb.init(project="nanochat", name=run, group=stage, config=config, mode=mode, **again)
+        about = {"project": "nanochat", "name": run, "group": stage, "config": config, **again}
+        try:
+            return wandb.init(mode=mode, **about)
+        except wandb.errors.Error as error:  # no network, or a key that is not taken: no reason not to train
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            print(f"note: wandb is not to be had ({reason}): logging offline, `wandb sync` sends it later.", flush=True)
+            return wandb.init(mode="offline", **about)
 
     @property
     def wandb_id(self) -> str | None:

@@ -156,7 +156,8 @@ def main(cfg: Config) -> dict:
     # 1. tokenizer and corpus
     ours = Tokenizer.load()
     corpus = dataset.open_inherited(ours.meta.get("dataset"), cfg.dataset, cfg.val_shard)
-    texts = {**TEXTS, "train": sample(corpus, "train"), "val": sample(corpus, "val")}
+    samples = {split: sample(corpus, split) for split in dataset.SPLITS}
+    texts = TEXTS | {split: text for split, text in samples.items() if text}  # of empty files nothing can be said
 
     # 2. measure
     found, missing = tokenizers(ours)

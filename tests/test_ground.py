@@ -191,6 +191,25 @@ def test_wandb_works_offline_without_an_account_pitfall_46(tmp_path, monkeypatch
     assert (tmp_path / "wandb").is_dir()
 
 
+def test_wandb_out_of_reach_costs_the_curve_on_line_and_not_the_run_pitfall_46(tmp_path, monkeypatch, capsys):
+    from wandb.errors import CommError
+
+    asked = []
+
+    def init(**options):
+        asked.append(options["mode"])
+        if options["mode"] == "online":
+            raise CommError("dial tcp: no such host\nConsider increasing the init_timeout setting")
+        return SimpleNamespace(id="x", finish=lambda: None)
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.delenv("WANDB_MODE")
+    assert record.Record(tmp_path / "r.jsonl", stage="base", config={}, run="try").wandb_id == "x"
+    assert asked == ["online", "offline"]
+    assert "note: wandb is not to be had (dial tcp: no such host): logging offline" in capsys.readouterr().out
+
+
 def test_a_resumed_run_goes_on_in_the_same_wandb_run_pitfall_8(tmp_path, monkeypatch):
     """Its id is in the record and goes into every checkpoint; the published code begins a new run each time."""
     asked = []

@@ -141,6 +141,14 @@ def test_eval_measures_ours_and_says_why_the_others_are_missing(trained, folder,
     assert "ours (300)" in out and "gpt2 can't be fetched" in out and f"{ours['news']:.3f}" in out
 
 
+def test_eval_says_nothing_of_a_split_without_text(folder, base_dir, offline):
+    for shard in "ab":
+        table = pa.table({"text": pa.array([], type=pa.string())})
+        pq.write_table(table, folder / f"shard_{shard}.parquet")
+    tok_train.main(tok_train.Config(dataset=str(folder), vocab_size=265))
+    assert set(tok_eval.main(tok_eval.Config())["bytes_per_token"]["ours"]) == {*tok_eval.TEXTS, "val"}
+
+
 def test_eval_compares_where_the_others_can_be_had(trained, monkeypatch, capsys):
     ranks = {bytes([b]): b for b in range(256)}
     specials = {"<|endoftext|>": 256}
