@@ -24,6 +24,7 @@ from test_core_eval import write_bundle
 from test_doc_commands import sources, statements, target
 from test_docs import ROOT, config_of
 from test_download import hub, parquet  # noqa: F401  a fixture
+from test_recipes_dry import dry
 from test_tasks import ARC_ROW, CODE_ROW, GSM_ROW, MMLU_ROW, TALK_ROW, write
 from tiny_model import TOKENIZER, save_checkpoint
 
@@ -41,7 +42,7 @@ SMALL = {  # what sets the size: values in place of those that are documented, e
     "scripts.base_train": TRAINING | {"depth": 2, "max_seq_len": 64},
     "scripts.base_eval": {"device_batch_size": 2, "split_tokens": 256, "max_per_task": 2},
     "scripts.chat_sft": TRAINING | {"chatcore_max_cat": 2, "chatcore_max_sample": 2},
-    "scripts.chat_rl": {"num_iterations": 1, "device_batch_size": 2, "examples_per_step": 2, "num_samples": 2,
+    "scripts.chat_rl": {"num_iterations": 2, "device_batch_size": 2, "examples_per_step": 2, "num_samples": 2,
                         "max_new_tokens": 4, "eval_examples": 2, "eval_samples": 2},
     "scripts.chat_eval": {"max_problems": 2, "max_new_tokens": 4},
     "scripts.bench_chat": {"num": 2, "train_documents": 50, "max_new_tokens": 4},
@@ -226,22 +227,31 @@ def tiny(module, arguments):
 
 def stop_before(script, cfg):
     """Leave what the same command without --resume and --force has saved half way, as if it had been stopped there."""
-    first = dataclasses.replace(cfg, resume=False, force=False, save_every=1, matrix_lr=script.Config.matrix_lr)
-    shutil.rmtree(Path(script.main(first)["checkpoint"]))
+    rate = script.Config.matrix_lr if cfg.force else cfg.matrix_lr
+    first = dataclasses.replace(cfg, resume=False, force=False, save_every=1, matrix_lr=rate)
+    shutil.rmtree(script.main(first)["checkpoint"])
 
 
-def perform(module, arguments):
-    """Run a command; what it returns, or None where it was refused with the sentence that REFUSED knows."""
+def perform(module, arguments, stopped=True):
+    """Run a command; what it returns, or None where it was refused with the sentence that REFUSED knows.
+
+    One with --resume finds what a first life has left, if it is to have been `stopped`.
+    """
     script = importlib.import_module("nanochat.download" if module == "nanochat.dataset" else module)
     cfg = tiny(module, arguments)
-    if getattr(cfg, "resume", False):
+    resumed = stopped and getattr(cfg, "resume", False)
+    if resumed:
         stop_before(script, cfg)
     try:
-        return script.main(cfg)
+        result = script.main(cfg)
     except UserError as error:
         if not any(word in (module, *arguments) and said in str(error) for word, said in REFUSED.items()):
             raise
-    return None
+        return None
+    if resumed:
+        rows = record.read(Path(result["checkpoint"]).parent / "record.jsonl")
+        assert [row["resume_step"] for row in rows if row["kind"] == "start"][-1] == 1
+    return result
 
 
 @pytest.mark.slow
@@ -255,9 +265,18 @@ def test_every_command_really_runs(module, arguments, variables, here, hub, monk
     monkeypatch.setattr(download, "fetch", functools.partial(download.fetch, endpoint=hub.endpoint))
     result = perform(module, arguments)
     assert result is None or capsys.readouterr().out.strip()
-    if "--resume" in arguments:
-        rows = record.read(Path(result["checkpoint"]).parent / "record.jsonl")
-        assert [row["resume_step"] for row in rows if row["kind"] == "start"][-1] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["POCKET=1 bash runs/speedrun.sh", "DATASET=tinyworld bash runs/runcpu.sh"])
+def test_a_recipe_for_a_cpu_runs_from_nothing_to_its_report(call, here, monkeypatch):
+    """Each of its commands tiny, in its order, each stage on what the one before has left."""
+    (words,) = statements([call])
+    told = dry(here / "dry", words, words[1], 0)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(here / "fresh"))
+    for module, arguments in filter(None, map(target, told)):
+        assert perform(module, arguments, stopped=False), module
+    assert (here / "fresh" / "report" / "report.html").exists()
 
 
 WRONG = (  # values that only running can notice
