@@ -149,7 +149,7 @@ def chat_core(model, tokenizer, judges: dict, cfg: Config, rt: runtime.Runtime) 
     """Accuracy by task, and ChatCORE."""
     results = {}
     with train.resting(model):
-        engine = Engine(model, tokenizer)
+        engine = Engine(model, tokenizer, frozen=True)
         for name, task in judges.items():
             most = cfg.chatcore_max_cat if task.eval_type == "categorical" else cfg.chatcore_max_sample
             results[name] = chat_eval.evaluate(task, engine, tokenizer, runtime=rt, max_problems=off(most), name=name)
