@@ -21,7 +21,9 @@ def sft(dataset: str, *, mmlu_epochs: int = 3, gsm8k_epochs: int = 4, identity: 
     own = [CustomJSON(identity)] * 2 if identity else []
     if dataset == "tinyworld":
         return common.TaskMixture([TinyWorldTalk("train", TINYWORLD_TALKS), *own]), TinyWorldTalk("test", 2000)
-    train = [SmolTalk("train"), *[MMLU("auxiliary_train")] * mmlu_epochs, *[GSM8K("main", "train")] * gsm8k_epochs]
+    mmlu = [MMLU("auxiliary_train")] * mmlu_epochs if mmlu_epochs else []  # what is not wanted is not asked for
+    gsm8k = [GSM8K("main", "train")] * gsm8k_epochs if gsm8k_epochs else []
+    train = [SmolTalk("train"), *mmlu, *gsm8k]
     spelling = [SimpleSpelling("train", 200_000), SpellingBee("train", 80_000)]
     held_out = [SmolTalk("test"), MMLU("test", stop=5200), GSM8K("main", "test", stop=420)]
     return common.TaskMixture([*train, *spelling, *own]), common.TaskMixture(held_out)

@@ -11,7 +11,7 @@ import pytest
 from nanochat import chat, execution, paths
 from nanochat.errors import UserError
 from nanochat.tools import calculator
-from tasks import common, customjson, gsm8k, humaneval, source, spellingbee, suite
+from tasks import common, customjson, gsm8k, humaneval, mixtures, source, spellingbee, suite
 from tasks.arc import ARC
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
@@ -62,6 +62,23 @@ def test_rows_come_shuffled_the_same_way_every_time(folder):
 def test_the_folder_is_taken_from_the_environment_too(folder, monkeypatch):
     monkeypatch.setenv("NANOCHAT_TASKS_DIR", str(folder))
     assert len(MMLU("test")) == 3 and len(MMLU("test", stop=2)) == 2 and len(MMLU("test", stop=99)) == 3
+
+
+def test_the_diet_of_a_model_of_real_text_has_each_part_as_often_as_asked(folder, tmp_path, monkeypatch):
+    """What is asked for no time is not read: the folder has no auxiliary questions until the second half."""
+    monkeypatch.setenv("NANOCHAT_TASKS_DIR", str(folder))
+    write(folder / "chat" / "test.parquet", [TALK_ROW] * 2)
+    write(folder / "gsm8k" / "train.parquet", [GSM_ROW] * 3)
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps(TALK_ROW["messages"]) + "\n")
+    spelling = 200_000 + 80_000
+    train, held_out = mixtures.sft("climbmix", mmlu_epochs=0, gsm8k_epochs=2, identity=str(own))
+    assert len(train) == 4 + 2 * 3 + spelling + 2 and len(held_out) == 2 + 3 + 2
+    with pytest.raises(UserError, match="auxiliary_train.parquet does not exist"):
+        mixtures.sft("climbmix")
+    write(folder / "mmlu" / "auxiliary_train.parquet", [MMLU_ROW] * 5)
+    assert len(mixtures.sft("climbmix")[0]) == 4 + 3 * 5 + 4 * 3 + spelling
+    assert list(map(len, mixtures.rl("climbmix"))) == [3, 2] and len(mixtures.rl("tinyworld")[1]) == 400
 
 
 def test_what_is_missing_or_wrong_in_the_folder_is_named(folder, tmp_path):
