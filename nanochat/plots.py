@@ -6,8 +6,11 @@ matplotlib draws; text stays text, so that a page can be searched. Nothing is re
 import io
 import math
 import re
+import statistics
 from itertools import count
 from typing import NamedTuple
+
+from nanochat.pictures import short
 
 MOST_POINTS = 1500  # of a drawn curve; more can't be seen and make a page heavy
 SERIAL = count()
@@ -84,17 +87,52 @@ def thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
     return [x[i] for i in keep], [y[i] for i in keep]
 
 
-def lines(curves: list[Curve], title: str, x_label: str, y_label: str) -> Picture:
-    """A line plot."""
+def middle(y: list[float]) -> list[float]:
+    """The running median over a fortieth of the points: what noise hides."""
+    half = max(1, len(y) // 80)
+    return [statistics.median(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]
+
+
+def window(curves: list[Curve]) -> tuple[float, float] | None:
+    """The y that curves keep to behind the first twentieth of their way; None if all fits into twice that."""
+    late = [y for c in curves for x, y in zip(c.x, c.y) if x >= c.x[0] + 0.05 * (c.x[-1] - c.x[0])]
+    low, high = min(late), max(late)
+    if max(max(c.y) for c in curves) - low <= 2 * (high - low):
+        return None
+    room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    return low - room, high + 2 * room
+
+
+NUMBERS = {  # how an axis of this label writes its numbers
+    "tokens": lambda value, _: short(value),
+    "tokens/s": lambda value, _: short(value),
+    "FLOPs": lambda value, _: f"{value:.3g}".replace("e+", "e"),
+}
+
+
+def lines(curves: list[Curve], title: str, x_label: str, y_label: str, *, noisy: bool = False,
+          falling: bool = False) -> Picture:  # fmt: skip
+    """A line plot. noisy: long curves are drawn pale, with their running median; falling: a steep start is cut off."""
     fig, axes = _pyplot().subplots(figsize=(5.2, 3.1), layout="constrained")
+    kept = window(curves) if falling else None
     for curve in curves:
         x, y = thin(curve.x, curve.y)
-        marker = "o" if len(x) < 15 else None
-        axes.plot(x, y, label=curve.label, linewidth=1.3, marker=marker, markersize=3)
+        marker, pale = "o" if len(x) < 15 else None, noisy and len(x) > 100
+        (line,) = axes.plot(
+            x, y, linewidth=0.6 if pale else 1.3, alpha=0.35 if pale else 1, marker=marker, markersize=3
+        )
+        if pale:
+            (line,) = axes.plot(x, middle(y), linewidth=1.5, color=line.get_color())
+        line.set_label(curve.label + (f" (starts at {y[0]:.3g})" if kept else ""))
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.25)
-    if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=8)
+    for axis, label in ((axes.xaxis, x_label), (axes.yaxis, y_label)):
+        if label in NUMBERS:
+            axis.set_major_formatter(NUMBERS[label])
+    if kept:
+        axes.set_ylim(*kept)
+    if kept or len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8, loc="upper right" if kept else "best")
     return _svg(fig, title)
 
 
@@ -131,6 +169,8 @@ def radar(scores: dict[str, dict[str, float]], title: str, other: dict[str, floa
 
 def law(points: list[tuple[str, float, float]], title: str, x_label: str, y_label: str) -> Picture:
     """(label, x, y) of runs with the fitted power law, and the residuals in percent below it."""
+    from matplotlib.ticker import LogLocator
+
     x, y = [p[1] for p in points], [p[2] for p in points]
     found = fit(x, y)
     fig, (above, below) = _pyplot().subplots(
@@ -143,9 +183,11 @@ def law(points: list[tuple[str, float, float]], title: str, x_label: str, y_labe
         above.annotate(label, (at, value), fontsize=6, xytext=(3, 3), textcoords="offset points")
     above.legend(frameon=False, fontsize=8)
     above.set(title=title, ylabel=y_label)
-    if max(y) < 20 * min(y):  # too few powers of ten: name the values between them
-        above.yaxis.set_minor_formatter(lambda value, _: f"{value:.2g}")
-        above.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    if max(y) < 20 * min(y):  # too few powers of ten: name values between them
+        few = (1, 2, 5) if max(y) > 3 * min(y) else range(1, 10)
+        above.yaxis.set_minor_locator(LogLocator(subs=few))
+        for name in (above.yaxis.set_minor_formatter, above.yaxis.set_major_formatter):
+            name(lambda value, _: short(value))
     below.axhline(0, color="0.5", linewidth=0.8)
     below.semilogx(x, [100 * (math.exp(r) - 1) for r in found.residuals], "o", markersize=4)
     below.set(xlabel=x_label, ylabel="off, %")

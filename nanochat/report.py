@@ -186,10 +186,10 @@ def core_of(runs: dict[str, Run]) -> dict[str, dict[str, float]]:
     return {name: tasks for name, run in runs.items() if (tasks := core_tasks(run.get("base", [])))}
 
 
-def drawn(curves: list[Curve], title: str, axis: str, unit: str) -> list[Picture]:
-    """A picture of the curves that have two points at least; none if there is no such curve."""
+def drawn(curves: list[Curve], title: str, axis: str, unit: str, **how: bool) -> list[Picture]:
+    """A picture of the curves that have two points at least; none if there is no such curve. how: see plots.lines."""
     curves = [one for one in curves if len(one.x) > 1]
-    return [plots.lines(curves, title, axis, unit)] if curves else []
+    return [plots.lines(curves, title, axis, unit, **how)] if curves else []
 
 
 def loss_pictures(stage: str, have: dict[str, Rows]) -> list[Picture]:
@@ -199,7 +199,7 @@ def loss_pictures(stage: str, have: dict[str, Rows]) -> list[Picture]:
                                     ("eval", "val_bpb", "validation", "bits per byte")):  # fmt: skip
         for axis, label in (("step", "step"), ("tokens", "tokens"), ("flops", "FLOPs"), ("minutes", "minutes")):
             curves = [curve(run, rows, name, kind, axis) for run, rows in have.items()]
-            pictures += drawn(curves, f"{stage}: {title} over {label}", label, unit)
+            pictures += drawn(curves, f"{stage}: {title} over {label}", label, unit, falling=True)
     return pictures
 
 
@@ -210,7 +210,8 @@ def more_pictures(stage: str, have: dict[str, Rows]) -> list[Picture]:
         curves = [curve(run, rows, name) for run, rows in have.items()]
         if name == "memory":
             curves = [Curve(c.label, c.x, [y / 2**30 for y in c.y]) for c in curves]
-        pictures += drawn(curves, f"{stage}: {title}", "step", unit)
+        noisy = name in ("reward", "grad_norm", "tokens_per_second", "mfu")
+        pictures += drawn(curves, f"{stage}: {title}", "step", unit, noisy=noisy)
     return pictures
 
 
@@ -223,6 +224,9 @@ def eval_pictures(stage: str, have: dict[str, Rows]) -> list[Picture]:
             [curve(run, rows, name, "eval") for run, rows in have.items()], f"{stage}: {name}", "step", ""
         )
     return pictures
+
+
+UNITS = {"flops": "FLOPs", "scaling_parameters": "scaling parameters", "tokens": "tokens", "val_bpb": "bits per byte"}
 
 
 def cell(row: dict[str, str], name: str) -> float:
@@ -242,7 +246,7 @@ def law_pictures(table: list[dict[str, str]]) -> list[Picture]:
         points = [(f"d{row.get('depth', '')}", cell(row, x), cell(row, y)) for row in table]
         points = [p for p in points if 0 < p[1] < math.inf and 0 < p[2] < math.inf]
         if len({p[1] for p in points}) > 1:
-            pictures.append(plots.law(points, title, x.replace("_", " "), y.replace("_", " ")))
+            pictures.append(plots.law(points, title, UNITS[x], UNITS[y]))
     return pictures
 
 
@@ -299,14 +303,14 @@ def stage_table(run: Run) -> list[list[str]]:
 
 
 def compared(runs: dict[str, Run]) -> list[list[str]]:
-    """Header and rows: what the runs end with, one column a run."""
-    cells: dict[str, dict[str, str]] = {}
-    for name, run in runs.items():
-        for stage in (stage for stage, _ in STAGES if stage in run):
-            for metric, value in shown(scores(run[stage])).items():
-                cells.setdefault(f"{stage} {metric}", {})[name] = value
-            cells.setdefault(f"{stage} minutes", {})[name] = f"{seconds(run[stage]) / 60:.1f}"
-    return [["", *runs], *([what, *(by.get(name, "–") for name in runs)] for what, by in sorted(cells.items()))]
+    """Header and rows: what the runs end with, stage by stage, one column a run."""
+    rows = [["", *runs]]
+    for stage, _ in STAGES:
+        ends = {name: shown(scores(run[stage])) | {"minutes": f"{seconds(run[stage]) / 60:.1f}"}
+                for name, run in runs.items() if stage in run}  # fmt: skip
+        for metric in sorted({metric for cells in ends.values() for metric in cells}):
+            rows.append([f"{stage} {metric}", *(ends.get(name, {}).get(metric, "–") for name in runs)])
+    return rows
 
 
 def samples(run: Run, most: int = 8, times: int = 4) -> list[list[str]]:

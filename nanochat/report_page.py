@@ -10,6 +10,7 @@ from pathlib import Path
 from nanochat import paths
 from nanochat.report import Report, grid
 
+SCORES = "The last value of each stage, behind the one from before its first update; ± one standard error."
 PICTURES = "report_pictures"  # folder of the Markdown's pictures
 
 
@@ -33,7 +34,7 @@ def markdown(report: Report) -> str:
     """The report as Markdown."""
     parts = [f"# Report of {report.name}\n", *(f"- {name}: {value}" for name, value in report.about.items())]
     for title, rows in report.tables:
-        parts += [f"\n## {title}\n", grid(rows)]
+        parts += [f"\n## {title}\n", *([SCORES + "\n"] if title.startswith("Scores") else []), grid(rows)]
     for heading, pictures in report.figures:
         parts.append(f"\n## {heading}\n")
         parts += [f"![{picture.title}]({PICTURES}/{file_name(picture.title)})" for picture in pictures]
@@ -47,16 +48,19 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; font-si
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: left; vertical-align: top; }
-th { background: var(--soft); } td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+th { background: var(--soft); } td { overflow-wrap: break-word; max-width: 44rem; font-variant-numeric: tabular-nums; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 .figures figure { margin: 0; } svg { width: 100%; height: auto; background: white; border-radius: 6px; }
 .figures.few { max-width: 42rem; }
+@media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg); } }
+@media (max-width: 40rem) { body { padding: 0 .7rem; } th, td { padding: .3rem .45rem; font-size: .87rem; } }
 """
 
 
 def table_html(rows: list[list[str]]) -> str:
     """Header and rows as HTML."""
-    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+    whole = lambda cell: html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;")
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{whole(cell)}</{tag}>" for cell in row) + "</tr>"
     return f"<div class=wide><table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table></div>"
 
 
@@ -67,7 +71,8 @@ def page(report: Report) -> str:
         few = " few" if len(pictures) == 1 else ""
         inside = "".join(f"<figure>{picture.svg}</figure>" for picture in pictures)
         sections.append((heading, f"<div class='figures{few}'>{inside}</div>"))
-    grids = [(title, table_html(rows)) for title, rows in report.tables]
+    note = lambda title: f"<p>{SCORES}</p>" if title.startswith("Scores") else ""
+    grids = [(title, note(title) + table_html(rows)) for title, rows in report.tables]
     short = [(t, g) for t, g in grids if not t.startswith(("Plan", "Samples", "CORE"))]
     rest = [(t, g) for t, g in grids if t.startswith(("Samples", "CORE"))]
     folded = [(t, f"<details><summary>show</summary>{g}</details>") for t, g in grids if t.startswith("Plan")]

@@ -1,11 +1,14 @@
 """The report: curves stand where they were measured, runs are compared, laws fitted; the page needs nothing else."""
 
+import io
 import json
 import math
 import os
+import re
 import xml.etree.ElementTree
 
 import pytest
+from PIL import Image, ImageStat
 
 from nanochat import plots, record, report, report_page
 from nanochat.errors import UserError
@@ -96,7 +99,9 @@ def test_scores_say_where_they_come_from_and_how_sure_they_are(base_dir):
     table = {row[0]: row[1:] for row in report.score_table(run)}
     assert table["pass@1"] == ["–", "0.8000 ± 0.0200 → 0.9000 ± 0.0100"] and table["facts"] == ["–", "0.5000 ± 0.2500"]
     assert table["val_bpb"] == ["3.0000 → 1.0000", "–"] and not [name for name in table if name.endswith(report.ERRORS)]
-    assert ["rl pass@1", "0.9000 ± 0.0100"] in report.compared({"one": run})
+    rows = [row[0] for row in report.compared({"one": run})]
+    assert rows == ["", "base core", "base minutes", "base val_bpb", "rl facts", "rl minutes", "rl pass@1"]
+    assert report.compared({"one": run})[-1] == ["rl pass@1", "0.9000 ± 0.0100"]
     drawn = [picture.title for _, pictures in report.figures({"one": run}) for picture in pictures]
     assert "rl: pass@1" in drawn and not [title for title in drawn if title.endswith(report.ERRORS)]
 
@@ -160,7 +165,8 @@ def strange(rows):
 
 @pytest.mark.slow
 def test_records_of_other_versions_or_damaged_ones_are_a_page_or_a_sentence(base_dir, monkeypatch):
-    monkeypatch.setattr(plots, "lines", lambda *a: plots.Picture(a[1], "<svg/>"))  # drawing is tested above, and slow
+    for name in ("lines", "radar"):  # drawing is tested above, and slow
+        monkeypatch.setattr(plots, name, lambda *given, **how: plots.Picture("a title", "<svg/>"))
     write(base_dir, steps=4)
     path = base_dir / "base_checkpoints" / "one" / "record.jsonl"
     sound = [json.loads(line) for line in path.read_text().splitlines()]
@@ -191,6 +197,17 @@ def test_a_law_leaves_out_what_is_no_number():
     assert picture.title == "bits per byte over compute" and "d1" in picture.svg and "d2" in picture.svg
 
 
+def test_the_axis_of_a_law_names_values_that_do_not_lie_over_each_other():
+    def names(y):
+        svg = plots.law([(str(v), v, v) for v in y], "t", "FLOPs", "tokens").svg
+        return set(
+            re.findall(r">([^<>\n]+)</text>", svg[svg.index("matplotlib.axis_2") : svg.index("matplotlib.axis_3")])
+        )
+
+    assert {"2 M", "5 M", "10 M"} <= names([1.2e6, 5e6, 1.9e7]) and not {"7 M", "8 M"} & names([1.2e6, 5e6, 1.9e7])
+    assert {"0.8", "0.9"} <= names([0.76, 0.9, 1.2])
+
+
 def test_a_power_law_is_found_and_what_is_off_it_shows():
     x = [1e3, 1e4, 1e5, 1e6]
     found = plots.fit(x, [7.0 * v**-0.3 for v in x])
@@ -202,22 +219,65 @@ def test_a_power_law_is_found_and_what_is_off_it_shows():
         plots.fit([2.0, 2.0], [1.0, 3.0])
 
 
+def test_a_steep_start_is_cut_off_and_said_and_noise_has_its_median():
+    steps = list(range(200))
+    falling = plots.Curve("a", steps, [8.0 / (1 + step) + 1 for step in steps])
+    low, high = plots.window([falling])
+    assert low < 1.04 and 1.7 < high < 2  # 8 / 11 + 1 after a twentieth
+    assert plots.window([plots.Curve("b", steps, [float(step) for step in steps])]) is None
+    svg = plots.lines([falling], "t", "step", "nats").svg
+    assert "starts at 9" in plots.lines([falling], "t", "step", "nats", falling=True).svg and "starts at" not in svg
+    assert plots.middle([1.0, 1.0, 9.0, 1.0, 1.0]) == [1.0] * 5
+    curves = lambda svg: svg.count("line2d")
+    assert curves(plots.lines([falling], "t", "step", "", noisy=True).svg) == curves(svg) + 1
+
+
+def test_axes_write_their_numbers_as_people_do():
+    svg = plots.lines([plots.Curve("", [0, 4e6], [0, 4e4])], "t", "tokens", "tokens/s").svg
+    assert ">2 M<" in svg and ">20 k<" in svg and "1e6" not in svg
+    svg = plots.lines([plots.Curve("", [0, 4e13], [0, 1])], "t", "FLOPs", "").svg
+    assert ">2e13<" in svg and ">1e13<" in svg
+
+
 def test_long_curves_are_thinned_but_keep_their_ends():
     x, y = plots.thin(list(range(100_000)), [math.sin(v) for v in range(100_000)])
     assert len(x) <= plots.MOST_POINTS + 1 and (x[0], x[-1]) == (0, 99_999) and len(x) == len(y)
 
 
+BROKEN = """all => all.flatMap(cell => {
+    const text = cell.firstChild, found = [];
+    if (!text || text.nodeType !== Node.TEXT_NODE) return found;
+    for (const word of text.data.matchAll(/\\S+/g)) {
+        const range = document.createRange();
+        range.setStart(text, word.index);
+        range.setEnd(text, word.index + word[0].length);
+        if (new Set([...range.getClientRects()].map(box => box.top)).size > 1) found.push(word[0]);
+    }
+    return found;
+})"""
+
+
 @pytest.mark.slow  # a browser
-def test_the_page_opens_in_a_browser_without_a_word_and_every_picture_is_seen(base_dir, browser):
+@pytest.mark.parametrize("scheme,width", [("light", 1280), ("dark", 390)])
+def test_the_page_opens_in_a_browser_without_a_word_and_every_picture_is_seen(base_dir, browser, scheme, width):
     write(base_dir)
+    log = record.Record(base_dir / "chatrl_checkpoints" / "one" / "record.jsonl", stage="rl", config={})
+    log.eval(0, **{"pass@1": 0.8, "pass@1_se": 0.02}, facts=0.75)
+    log.step(0, reward=0.5)
+    log.eval(1, **{"pass@1": 0.9, "pass@1_se": 0.01}, facts=0.8)
     script.main(script.Config(model_tag="one", output=str(base_dir / "out")))
     said = []
-    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
     page.goto((base_dir / "out" / "report.html").as_uri())
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
     boxes = page.eval_on_selector_all("svg", "all => all.map(one => one.getBoundingClientRect().height)")
     wide = page.evaluate("document.documentElement.scrollWidth")
+    broken = page.eval_on_selector_all("td, th", BROKEN)
+    with Image.open(io.BytesIO(page.locator("svg").first.screenshot())) as picture:
+        (light,) = ImageStat.Stat(picture.convert("L")).mean
     page.close()
-    assert said == [] and len(boxes) >= 12 and min(boxes) > 100 and wide <= 390
+    assert said == [] and len(boxes) >= 12 and min(boxes) > 100 and wide <= width
+    assert broken == [] and (light > 200) == (scheme == "light") and 20 < light < 252  # drawn on the page's own ground
