@@ -26,10 +26,12 @@ class Thread:
     """Stands in for an engine process: the same loop over a socket pair, in a thread."""
 
     def __init__(self, engine):
-        self.engine, self.worker, self.starts = engine, None, 0
+        self.engine, self.worker, self.starts, self.held = engine, None, 0, False
 
     async def start(self, order):
-        """What nanochat.serve.pool.spawn does."""
+        """What nanochat.serve.pool.spawn does; waits while it is held."""
+        while self.held:
+            await asyncio.sleep(0.005)
         mine, its = socket.socketpair()
         self.starts += 1
         self.mine = mine
