@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The test command: sets the project up on a fresh machine and runs pytest. `bash runs/test.sh -m "not slow"` for the quick part.
 # Hardware: 2 CPU cores. Needs Debian's chromium for the page tests; installs it when run as root and it is missing.
+# Two slow tests render with Remotion; where npm is there, they fetch its packages once (143 MB, 271 MB on disk).
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null

@@ -245,7 +245,7 @@ def pixels(image, color, box=None):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # 20 s; minutes where the machine is busy or npm is slow
+@pytest.mark.timeout(1800)  # 10 s; minutes where the machine is busy or npm is slow
 def test_each_still_shows_its_props(written, remotion, tmp_path):
     model, props = written
     files = visualize.main(visualize.Config(render="still", output=str(tmp_path)))["files"]
@@ -273,7 +273,7 @@ def number(data, name, at, size=4):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # 20 s; minutes where the machine is busy or npm is slow
+@pytest.mark.timeout(1800)  # 10 s; minutes where the machine is busy or npm is slow
 def test_a_video_has_the_frames_and_the_size_that_were_asked_for(written, remotion, tmp_path):
     cfg = visualize.Config(render="video", composition="TrainingLoss", frames=10, scale=0.25, output=str(tmp_path))
     (file,) = visualize.main(cfg)["files"]

@@ -63,7 +63,7 @@ const Panel: React.FC<{ stage: Stage; box: Box; share: number }> = ({ stage, box
         </g>
       ) : null}
       <Axes box={low} sx={sx} sy={rate} x={[]} y={[0, 1]} showX={String} showY={String} labelY="learning rate" />
-      {stage.lr.x.length ? (
+      {stage.lr.x.length && share > 0 ? (
         <path d={`${line(stage.lr.x, stage.lr.y, sx, rate, share)}L${sx(stage.lr.x[Math.max(0, Math.ceil(share * stage.lr.x.length) - 1)])} ${rate(0)}L${sx(stage.lr.x[0])} ${rate(0)}Z`} fill={color} fillOpacity={0.35} stroke={color} strokeWidth={2.5} />
       ) : null}
     </g>
