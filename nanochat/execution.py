@@ -137,13 +137,18 @@ def _ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 # ---- which cage ------------------------------------------------------------------------------------------------------
 
 
+class NotIsolated(UserError):
+    """Code that a model wrote can't be kept apart from this machine."""
+
+
 def isolation(allow_unsafe: bool = False) -> str:
-    """ "namespaces", "bubblewrap", or "none" when that was allowed; UserError with the reasons when it was not."""
+    """ "namespaces", "bubblewrap", or "none" when that was allowed; NotIsolated with the reasons when it was not."""
     how, reasons = _isolation()
     if how == "none" and not allow_unsafe:
-        raise UserError(
+        raise NotIsolated(
             f"This machine can't isolate code that a model wrote ({'; '.join(reasons)}): allow user namespaces, "
-            "install bubblewrap, leave out tasks that run code, or use --allow-unsafe-code where nothing can be harmed."
+            "install bubblewrap, leave out tasks that run code, or use --allow-unsafe-code of scripts.chat_eval where "
+            "nothing can be harmed."
         )
     return how
 

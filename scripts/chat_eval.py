@@ -7,7 +7,7 @@
 Needs a checkpoint of scripts.chat_sft or chat_rl, and the tasks' data: from the hub, or --tasks-dir (layout in
 tasks/source.py); the tasks of a tinyworld model are embedded. Writes beside the checkpoint: chat_eval_<step>.json, in
 chat_eval_<step>/ every prompt, reply and verdict, and rows into record.jsonl. HumanEval runs the model's code in a cage
-of namespaces; a machine that has none is told so before anything is asked.
+of namespaces; on a machine that has none it is left out, or refused at once where it was asked for by name.
 """
 
 import dataclasses
@@ -78,11 +78,15 @@ def main(cfg: Config) -> dict:
     model, tokenizer, meta = checkpoint.build_model(path, device=rt.device, dtype=rt.dtype, attend=backend.attend)
     step, root = checkpoint.load(path).step, path.parent
     # 3. tasks --------------------------------------------------------------------------------------------------------
-    whole = suite.names(meta.get("dataset", {}).get("dataset", ""))
-    tasks = {name: suite.make(name, cfg.tasks_dir or None, cfg.allow_unsafe_code) for name in names or whole}
+    corpus = meta.get("dataset", {}).get("dataset", "")
+    whole = suite.names(corpus)
+    data = (cfg.tasks_dir or None, cfg.allow_unsafe_code)
+    tasks, left_out = ({n: suite.make(n, *data) for n in names}, []) if names else suite.whole(corpus, rt, *data)
     # 4. loop ---------------------------------------------------------------------------------------------------------
     log = record.Record(root / "record.jsonl", stage=f"{cfg.source}_eval", config=cfg, main=rt.main)
     log.say(f"judging {path} by {', '.join(tasks)}")
+    for note in left_out:
+        log.say(f"note: {note}")
     engine = Engine(model, tokenizer, slots=cfg.batch_size, frozen=True)
     label = f"chat_eval_{step:06d}" + (f"_{'+'.join(names)}" if names else "")
     results = {}

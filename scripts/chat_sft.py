@@ -146,14 +146,15 @@ def validation_bpb(model, task, tokenizer, cfg: Config, size: dict, rt: runtime.
 
 
 def chat_core(model, tokenizer, judges: dict, cfg: Config, rt: runtime.Runtime) -> dict[str, float]:
-    """Accuracy by task, and ChatCORE."""
+    """Accuracy by task, and ChatCORE if all tasks of a suite are among the `judges`."""
     results = {}
     with train.resting(model):
         engine = Engine(model, tokenizer, frozen=True)
         for name, task in judges.items():
             most = cfg.chatcore_max_cat if task.eval_type == "categorical" else cfg.chatcore_max_sample
             results[name] = chat_eval.evaluate(task, engine, tokenizer, runtime=rt, max_problems=off(most), name=name)
-    return {name: one["accuracy"] for name, one in results.items()} | {"chatcore": chat_eval.chat_core(results)}
+    scores = {name: one["accuracy"] for name, one in results.items()}
+    return scores | ({"chatcore": chat_eval.chat_core(results)} if suite.is_whole(results) else {})
 
 
 def main(cfg: Config) -> dict:
@@ -175,7 +176,7 @@ def main(cfg: Config) -> dict:
     data, held_out = mixtures.sft(
         corpus, mmlu_epochs=cfg.mmlu_epochs, gsm8k_epochs=cfg.gsm8k_epochs, identity=cfg.identity
     )
-    judges = {name: suite.make(name) for name in suite.names(corpus)} if off(cfg.chatcore_every) else {}
+    judges, left_out = suite.whole(corpus, rt) if off(cfg.chatcore_every) else ({}, [])
     # 4. optimizer ----------------------------------------------------------------------------------------------------
     lrs = scaling.learning_rates(model.config, scaling.lr_multiplier(size["batch"]), **size["rates"])
     optimizer = optim.MuonAdamW(model.roles(), {role: lr * cfg.init_lr_frac for role, lr in lrs.items()}, rt)
@@ -203,7 +204,7 @@ def main(cfg: Config) -> dict:
                         resume_step=start if found else None, wandb_id=at.wandb)  # fmt: skip
     log.event("plan", plan={**size, "lrs": lrs, "conversations": len(data), "from": base.path.name, "compile": how})
     log.say(f"fine-tuning {base.path}: {len(data):,} conversations, {size['batch']:,} tokens an update, {how}")
-    for note in (*size["notes"], *notes, *resume.make_way(root, found, cfg.resume, rt)):
+    for note in (*size["notes"], *left_out, *notes, *resume.make_way(root, found, cfg.resume, rt)):
         log.say(f"note: {note}")
     watched = watch.Watch(log, rt, off(cfg.watchdog))
     traced = profiling.Profile(log, rt, cfg.profile)
@@ -226,7 +227,9 @@ def main(cfg: Config) -> dict:
                 log.eval(step, f"step {step:5d} | validation bpb {metrics['val_bpb']:.4f}", val_bpb=metrics["val_bpb"])
             if train.due(step, off(cfg.chatcore_every), last):
                 metrics |= (scores := chat_core(model, tokenizer, judges, cfg, rt))
-                log.eval(step, f"step {step:5d} | ChatCORE {scores['chatcore']:.4f}", **scores)
+                shown = {"ChatCORE": scores["chatcore"]} if "chatcore" in scores else scores
+                said = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+                log.eval(step, f"step {step:5d} | {said}", **scores)
             if last:
                 break
             began = time.perf_counter()

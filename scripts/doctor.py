@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import attention, checkpoint, cli, dataset, hardware, paths, record, runtime
+from nanochat import attention, checkpoint, cli, dataset, execution, hardware, paths, record, runtime
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer, tokenizer_path
 
@@ -85,6 +85,15 @@ def backends(device: torch.device) -> list[Finding]:
         found.append(Finding("compiler", GOOD if triton else WARN, "triton is there" if triton else "triton is missing",
                              "" if triton else "training runs uncompiled: install triton"))  # fmt: skip
     return found
+
+
+def cage() -> Finding:
+    """Can code that a model writes be run?"""
+    try:
+        return Finding("cage for code", GOOD, execution.isolation())
+    except UserError as error:
+        return Finding("cage for code", WARN, str(error).partition(": allow")[0],
+                       "HumanEval is left out; allow user namespaces, or install bubblewrap")  # fmt: skip
 
 
 def timed(work, synchronize) -> float:
@@ -211,7 +220,7 @@ def network() -> list[Finding]:
 def main(cfg: Config) -> dict:
     """Look, print, write; exit status 1 if something is BAD."""
     device = runtime.pick_device(cfg.device_type)
-    found = [*machine(device), *packages(), *backends(device)]
+    found = [*machine(device), *packages(), *backends(device), cage()]
     found += speed(device) if cfg.speed else []
     found += [*storage(), *artefacts(), *(network() if cfg.network else [])]
     for one in found:

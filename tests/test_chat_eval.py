@@ -10,11 +10,12 @@ import pytest
 import torch
 from tiny_model import TOKENIZER, save_checkpoint, tiny_gpt
 
-from nanochat import chat, chat_eval, checkpoint, record
+from nanochat import chat, chat_eval, checkpoint, execution, record
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 from scripts import chat_eval as script
+from scripts import chat_sft
 from tasks import common
 
 RT = Runtime.single()
@@ -288,6 +289,27 @@ def test_a_tinyworld_model_gets_its_own_suite_and_a_chatcore(base_dir, monkeypat
 def test_what_cannot_be_done_is_said_at_once(base_dir, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         script.main(script.Config(**changes))
+
+
+def test_without_a_cage_the_rest_of_the_suite_is_judged_and_there_is_no_chatcore(base_dir, monkeypatch, capsys):
+    save_checkpoint("sft", sequence_len=256)
+    monkeypatch.setattr(execution, "_isolation", lambda: ("none", ["no"]))
+    monkeypatch.setattr(script.suite, "names", lambda dataset: ("sums", "HumanEval"))
+    summary = script.main(script.Config(max_problems=2, max_new_tokens=2))
+    assert list(summary["tasks"]) == ["sums"] and summary["chatcore"] is None
+    assert "HumanEval is left out" in capsys.readouterr().out
+    judges = {"sums": script.suite.make("sums")}
+    model = tiny_gpt(sequence_len=256)
+    scores = chat_sft.chat_core(model, TOKENIZER, judges, chat_sft.Config(chatcore_max_sample=2), RT)
+    assert list(scores) == ["sums"]  # and none that is called ChatCORE
+
+
+def test_a_task_that_one_machine_cannot_cage_is_left_out_by_all(monkeypatch):
+    """Otherwise its ranks would wait for each other in it."""
+    monkeypatch.setattr(script.suite, "names", lambda dataset: ("facts", "sums"))
+    there = SimpleNamespace(gather=lambda mine: [mine, [["facts"], ["sums is left out."]]])
+    tasks, notes = script.suite.whole("", there)
+    assert list(tasks) == ["facts"] and notes == ["sums is left out."]
 
 
 def test_code_that_cannot_be_caged_is_refused_before_anything_is_asked(base_dir, monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ SERVED = {"depth": 1, "width": 64, "vocab_size": 300, "sequence_len": 256}
 SMALL = {  # what sets the size: values in place of those that are documented, except for a 0, which turns something off
     "nanochat.dataset": {"num_files": 2},
     "scripts.tok_train": {"vocab_size": 300, "max_chars": 20_000},
-    "scripts.base_train": TRAINING | {"depth": 2, "max_seq_len": 64},
+    "scripts.base_train": TRAINING | {"depth": 2, "max_seq_len": 64, "core_metric_max_per_task": 2},
     "scripts.base_eval": {"device_batch_size": 2, "split_tokens": 256, "max_per_task": 2},
     "scripts.chat_sft": TRAINING | {"chatcore_max_cat": 2, "chatcore_max_sample": 2},
     "scripts.chat_rl": {"num_iterations": 2, "device_batch_size": 2, "examples_per_step": 2, "num_samples": 2,

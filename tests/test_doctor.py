@@ -52,6 +52,14 @@ def test_missing_packages_and_a_full_disk_are_named(base_dir, monkeypatch):
     assert states(doctor.storage())["disk"] == doctor.WARN
 
 
+def test_a_machine_without_a_cage_is_told_what_it_misses(monkeypatch):
+    monkeypatch.setattr(doctor.execution, "_isolation", lambda: ("none", ["no namespaces"]))
+    found = doctor.cage()
+    assert found.state == doctor.WARN and "no namespaces" in found.text and "bubblewrap" in found.remedy
+    monkeypatch.setattr(doctor.execution, "_isolation", lambda: ("bubblewrap", []))
+    assert doctor.cage() == doctor.Finding("cage for code", doctor.GOOD, "bubblewrap")
+
+
 def test_rates_are_set_against_the_data_sheet():
     slow, fine = (doctor.compare("matmul", share * 989e12, 989e12, 1e12, "TFLOP/s") for share in (0.2, 0.7))
     assert (slow.state, fine.state) == (doctor.WARN, doctor.GOOD) and "70 % of 989" in fine.text and slow.remedy
