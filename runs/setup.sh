@@ -19,8 +19,8 @@ if [ -z "${SKIP_SETUP:-}" ]; then
     # A folder of wheels that pip is told about (say, a CPU build of torch) serves uv too.
     links="${PIP_FIND_LINKS:-$(python3 -m pip config get global.find-links 2>/dev/null || true)}"
     if [ -n "$links" ]; then export UV_FIND_LINKS="${UV_FIND_LINKS:-${links// /,}}"; fi
-    extra=cpu
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then extra=gpu; fi
+    # no pipe into grep -q: it leaves at the first line, and nvidia-smi, which has more to say, is then called failed
+    case "$(nvidia-smi -L 2>/dev/null || true)" in *GPU*) extra=gpu ;; *) extra=cpu ;; esac
     "$uv" sync --quiet --extra "$extra"
 fi
 export PATH="$root/.venv/bin:$PATH"

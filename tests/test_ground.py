@@ -360,7 +360,9 @@ def test_a_signal_is_heard_in_compiled_code_where_asked(name, said):
     assert p.returncode == 128 + getattr(signal, name) and error.strip().startswith(said)
 
 
-def test_python_code_unwinds_by_itself_where_signals_are_heard():
+def test_python_code_unwinds_by_itself_where_signals_are_heard(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), cli.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
     with cli.interruptible():

@@ -100,6 +100,8 @@ def test_a_node_of_gpus_chains_the_same_stages_over_all_of_them(tmp_path):
 def test_set_up_asks_uv_for_the_extra_that_the_machine_wants(tmp_path, gpus, extra):
     """And for wheels where pip looks for them."""
     path = (node_of_gpus if gpus else machine_without)(tmp_path)["PATH"]
+    if gpus:  # more than a pipe holds, should somebody leave after the first line
+        (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nseq -f 'GPU %g' 100000\n")
     uv = tmp_path / "bin" / "uv"
     uv.write_text('#!/bin/sh\necho "$* from $UV_FIND_LINKS"\n')
     uv.chmod(0o755)
