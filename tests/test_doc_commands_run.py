@@ -83,6 +83,7 @@ NOT_RUN = {  # (program, a word of the command, or "" for all): (what no test he
 REFUSED = {  # a word of the command, or a program: the sentence that this machine may refuse it with
     "--fp8": "--fp8 cannot be used here",
     "--device-type=cuda": "torch sees no such device",
+    "GSM8K|HumanEval": "can't isolate code",
     "scripts.bench_overlap": "start this with torchrun",
     "scripts.plan": "--gpu",  # a plan by hours wants to know for which GPU
 }
