@@ -34,6 +34,7 @@ class Profile:
                 activities=[kinds.CPU, kinds.CUDA] if runtime.device.type == "cuda" else [kinds.CPU],
                 schedule=torch.profiler.schedule(wait=BEFORE - 1, warmup=1, active=STEPS, repeat=1),
                 on_trace_ready=self._write, record_shapes=True,
+                acc_events=True,  # there is one cycle; torch 2.11 warns without
             )  # fmt: skip
 
     def __enter__(self) -> "Profile":

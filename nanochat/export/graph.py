@@ -21,8 +21,9 @@ from nanochat.gpt import GPT
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """attention.reference for equal lengths, without anything that depends on a size: (B, T, H, D) -> (B, T, H, D)."""
     t, group = q.size(1), q.size(2) // k.size(2)
+    if group > 1:  # before heads and positions change places: torch 2.11 else ties T to the heads' strides
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-    key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
     scores = query @ key.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
     scores = scores.masked_fill(~attention.visible(t, t, window, q.device), -1e30)
     return (scores.softmax(-1) @ value).transpose(1, 2)
