@@ -278,8 +278,13 @@ def build_model(
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer) -> None:
     """Refuse a tokenizer that the checkpoint was not trained with."""
-    if checkpoint.meta.get("tokenizer") != tokenizer.fingerprint:
+    own = checkpoint.meta.get("tokenizer")
+    if own != tokenizer.fingerprint:
+        from nanochat.tokenizer import kept_path, tokenizer_path
+
+        kept = kept_path(str(own))
+        restore = f"copy {kept} to {tokenizer_path().name} there" if kept.exists() else "restore that tokenizer"
         raise UserError(
             f"{checkpoint.path} was trained with another tokenizer than the one in {paths.base_dir() / 'tokenizer'}: "
-            "restore that tokenizer, or train the model again with this one."
+            f"{restore}, or train the model again with this one."
         )

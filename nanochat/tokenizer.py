@@ -11,6 +11,7 @@ V: vocabulary size, ranks and specials together.
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, overload
 import tiktoken
 
 from nanochat.errors import UserError
-from nanochat.paths import as_written, base_dir, read_json, write_json
+from nanochat.paths import as_written, base_dir, read_json, staged, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -262,6 +263,27 @@ def check_vocab_size(vocab_size: int) -> None:
 def tokenizer_path(folder: Path | str | None = None) -> Path:
     """The tokenizer's file in `folder`, or in the artefact folder."""
     return (Path(folder) if folder is not None else base_dir() / "tokenizer") / "tokenizer.json"
+
+
+def kept_path(fingerprint: str) -> Path:
+    """Where `keep_other` leaves the tokenizer of this fingerprint, in the artefact folder."""
+    return tokenizer_path().with_name(f"before_{fingerprint[:16]}.json")
+
+
+def keep_other(fingerprint: str) -> Path | None:
+    """Copy the tokenizer that is there beside it, if it is not the one of this fingerprint -> its place.
+
+    Models that were trained with it can't be used without it.
+    """
+    try:
+        other = Tokenizer.load().fingerprint
+    except UserError:  # none, or a damaged one
+        return None
+    if other == fingerprint:
+        return None
+    with staged(kept_path(other)) as place:
+        shutil.copyfile(tokenizer_path(), place)
+    return kept_path(other)
 
 
 def _pieces(text: str) -> Iterator[str]:

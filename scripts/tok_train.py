@@ -19,7 +19,7 @@ from nanochat import cli, dataset
 from nanochat.errors import refuse
 from nanochat.paths import base_dir
 from nanochat.record import Record
-from nanochat.tokenizer import SMALLEST, Tokenizer
+from nanochat.tokenizer import SMALLEST, Tokenizer, keep_other
 
 # Several scripts, digits, blanks, an emoji of several code points, and specials spelled as text.
 ROUND_TRIP = """Hello world! It's 12345 = 3 * 4115, isn't it?\tTabs,\r\nbreaks,   blanks   \n
@@ -87,6 +87,7 @@ def main(cfg: Config) -> dict:
     # 3. check and save
     check_round_trip(tokenizer)
     tokenizer.meta = {"dataset": corpus.identity, "doc_cap": cfg.doc_cap, **asdict(seen)}
+    kept = keep_other(tokenizer.fingerprint)
     path = tokenizer.save()
 
     # 4. summary
@@ -106,6 +107,8 @@ def main(cfg: Config) -> dict:
         f"{tokenizer.vocab_size:,} tokens from {seen.chars:,} characters of {seen.documents:,} documents "
         f"in {seconds:.1f} s -> {path}"
     )
+    if kept:
+        record.say(f"the tokenizer that was there is kept as {kept}: models trained with it need it")
     record.close(**summary)
     return summary
 

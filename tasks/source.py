@@ -64,7 +64,7 @@ def folder_of(folder: str | Path | None) -> Path | None:
         return None
     path = Path(chosen).expanduser()
     if not path.is_dir():
-        raise UserError(f"The folder of task data, {path}, does not exist: mend --tasks-dir or NANOCHAT_TASKS_DIR.")
+        raise UserError(f"The folder of task data, {path}, does not exist: mend NANOCHAT_TASKS_DIR (in chat_eval --tasks-dir).")
     return path
 
 
@@ -85,8 +85,8 @@ def _from_folder(path: Path) -> Any:
 
     if not path.exists():
         raise UserError(
-            f"{path} does not exist: put the hub's parquet there, or leave out --tasks-dir and NANOCHAT_TASKS_DIR to "
-            "read it from the hub."
+            f"{path} does not exist: put the hub's parquet there, or unset NANOCHAT_TASKS_DIR (in chat_eval leave "
+            "out --tasks-dir) to read it from the hub."
         )
     try:
         return pyarrow.parquet.read_table(path)
@@ -105,5 +105,5 @@ def _from_hub(source: Source, subset: str, split: str) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"The {split} split of {source.repo} can't be read from the hub ({reason}): get online once, or point "
-            "--tasks-dir or NANOCHAT_TASKS_DIR at a folder that holds it (layout in tasks/source.py)."
+            "NANOCHAT_TASKS_DIR (in chat_eval --tasks-dir) at a folder that holds it (layout in tasks/source.py)."
         ) from error

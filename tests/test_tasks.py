@@ -82,9 +82,9 @@ def test_the_diet_of_a_model_of_real_text_has_each_part_as_often_as_asked(folder
 
 
 def test_what_is_missing_or_wrong_in_the_folder_is_named(folder, tmp_path):
-    with pytest.raises(UserError, match="auxiliary_train.parquet does not exist.*leave out --tasks-dir"):
+    with pytest.raises(UserError, match="auxiliary_train.parquet does not exist.*unset NANOCHAT_TASKS_DIR"):
         MMLU("auxiliary_train", folder)
-    with pytest.raises(UserError, match="nowhere, does not exist: mend --tasks-dir"):
+    with pytest.raises(UserError, match="nowhere, does not exist: mend NANOCHAT_TASKS_DIR"):
         MMLU("test", tmp_path / "nowhere")
     (folder / "gsm8k" / "test.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(UserError, match="can't be read as parquet"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
+from tiny_model import TOKENIZER, save_checkpoint
 from tqdm import tqdm
 
-from nanochat import record
+from nanochat import checkpoint, record
 from nanochat.dataset import open_corpus
 from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, kept_path, tokenizer_path
 from scripts import tok_eval, tok_train
 
 WORDS = "the cat sat on a mat while seven small hungry birds sang about the weather in Paris and 1234 more".split()
@@ -79,6 +81,21 @@ def test_main_writes_a_tokenizer_that_remembers_its_corpus_pitfall_50(folder, ba
     before = (base_dir / "tokenizer" / "tokenizer.json").read_bytes()
     tok_train.main(cfg)
     assert (base_dir / "tokenizer" / "tokenizer.json").read_bytes() == before
+
+
+def test_another_tokenizer_is_kept_for_the_models_that_need_it(folder, base_dir, capsys):
+    save_checkpoint("base", "d3")  # with a tokenizer of its own
+    before = tokenizer_path().read_bytes()
+    new = tok_train.Config(dataset=str(folder), vocab_size=275)
+    tok_train.main(new)
+    kept = kept_path(TOKENIZER.fingerprint)
+    assert kept.read_bytes() == before and str(kept) in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"another tokenizer.*copy {kept} to tokenizer.json"):
+        checkpoint.build_model("base", "d3")
+    shutil.copy(kept, tokenizer_path())  # as told
+    checkpoint.build_model("base", "d3")
+    tok_train.main(new), tok_train.main(new)  # the same again is no other one
+    assert [path.name for path in kept.parent.glob("before_*")] == [kept.name]
 
 
 def test_progress_is_a_bar_that_ends_full_and_names_the_phase_pitfall_51(folder, base_dir, capsys):
