@@ -64,7 +64,8 @@ def folder_of(folder: str | Path | None) -> Path | None:
         return None
     path = Path(chosen).expanduser()
     if not path.is_dir():
-        raise UserError(f"The folder of task data, {path}, does not exist: mend NANOCHAT_TASKS_DIR (in chat_eval --tasks-dir).")
+        remedy = "mend NANOCHAT_TASKS_DIR (in chat_eval --tasks-dir)"
+        raise UserError(f"The folder of task data, {path}, does not exist: {remedy}.")
     return path
 
 
