@@ -222,6 +222,7 @@ tokens = st.lists(st.integers(0, 275), max_size=8)  # any ids but specials: rare
 blocks = st.lists(st.tuples(st.sampled_from([(), (281, 282), (283, 284)]), tokens), max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(blocks)
 def test_any_generated_turn_renders_to_the_same_ids_again(blocks):

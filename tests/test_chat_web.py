@@ -308,6 +308,7 @@ def test_a_full_queue_is_told_at_once_pitfall_32():
         post(rig.url, messages=HELLO, max_tokens=2)
 
 
+@pytest.mark.slow
 def test_one_client_cannot_take_all():
     with serving(slots=4, queue=8, at_once=2) as rig:
         gate, threads = halted(rig), together(rig.url, 2)
@@ -469,6 +470,7 @@ def raw(url, data, half_close=False, seconds=30.0):
         return answer
 
 
+@pytest.mark.slow
 def test_those_who_dawdle_are_dropped(hello, monkeypatch):
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)

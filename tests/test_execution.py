@@ -132,6 +132,7 @@ def test_setup_gives_the_tests_their_helpers_but_not_the_function(cage):
 # ---- limits ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_endless_program_is_stopped_in_time(cage):
     start = time.monotonic()
     result = run("print('here', flush=True)\nwhile True: pass", timeout=0.6)

@@ -65,6 +65,7 @@ def test_transformers_loads_the_folder_and_agrees_in_every_logit_and_token(folde
         theirs(torch.zeros(1, 65, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_padded_rows_and_chunks_behind_a_cache_mean_the_same_in_transformers(folder):
     """Left padding, as batched generation and lm-eval use it, and feeding a row in pieces."""
     theirs = parity.load_hf(folder)

@@ -191,6 +191,7 @@ def test_wandb_works_offline_without_an_account_pitfall_46(tmp_path, monkeypatch
     assert (tmp_path / "wandb").is_dir()
 
 
+@pytest.mark.slow
 def test_wandb_out_of_reach_costs_the_curve_on_line_and_not_the_run_pitfall_46(tmp_path, monkeypatch, capsys):
     from wandb.errors import CommError
 

@@ -94,7 +94,7 @@ def test_other_vectors_compute_the_same(flags, tmp_path, monkeypatch):
     check_int8()
 
 
-@pytest.mark.parametrize("parts", [0, 170])
+@pytest.mark.parametrize("parts", [0, pytest.param(170, marks=pytest.mark.slow)])
 def test_long_rows_and_a_wide_model(parts):
     model = tiny_gpt(3, sequence_len=300, n_embd=192, n_head=3, n_kv_head=3, window_pattern="100,L")
     with torch.no_grad():

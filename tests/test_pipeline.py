@@ -219,6 +219,7 @@ def test_resume_with_other_flags_is_refused_and_lists_them_pitfall_8(here):
         base_train.main(cfg)
 
 
+@pytest.mark.slow
 def test_core_that_is_due_at_the_end_only_may_be_out_of_reach(here, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE", str(here / "nowhere.zip"))
     cfg = dataclasses.replace(BASE, num_iterations=2, eval_tokens=0, core_metric_every=3, model_tag="offline")

@@ -95,6 +95,7 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_was_read(source, tmp_p
         run(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_dataset_is_streamed_and_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     """A local folder stands for the hub: the same library, the same stream."""
     only = tmp_path / "only"

@@ -87,6 +87,7 @@ def test_gpt2_stands_beside_the_run_by_task_where_it_is_known(base_dir):
     assert [row[2] for row in report.core_table(runs, script.gpt2())[1:]] == ["0.2800", "–", "0.3700"]
 
 
+@pytest.mark.slow
 def test_scores_say_where_they_come_from_and_how_sure_they_are(base_dir):
     write(base_dir, core=False)
     log = record.Record(base_dir / "chatrl_checkpoints" / "one" / "record.jsonl", stage="rl", config={})
@@ -197,6 +198,7 @@ def test_a_law_leaves_out_what_is_no_number():
     assert picture.title == "bits per byte over compute" and "d1" in picture.svg and "d2" in picture.svg
 
 
+@pytest.mark.slow
 def test_the_axis_of_a_law_names_values_that_do_not_lie_over_each_other():
     def names(y):
         svg = plots.law([(str(v), v, v) for v in y], "t", "FLOPs", "tokens").svg

@@ -68,6 +68,7 @@ def test_more_schedules(plan):
     schedules.run(plan, MODELS[plan.double])
 
 
+@pytest.mark.slow
 def test_the_random_schedules_meet_everything():
     calls = Sampling(temperature=3.0, top_k=4, max_tokens=70, seed=2, stop_tokens=())  # the calculator's, mostly
     plans = [schedules.random_schedule(seed) for seed in range(6)]

@@ -116,6 +116,7 @@ def test_a_step_cannot_break_out_of_an_attribute_or_of_code():
     assert '<span class="step">' in inside and markup.OPEN not in inside
 
 
+@pytest.mark.slow
 def test_a_text_that_takes_too_long_is_shown_plain_and_the_next_one_is_well():
     slow = [{"type": "text", "text": "\\(" * 30_000 + "<b>"}]
 

@@ -431,6 +431,7 @@ def test_a_story_that_holds_together_passes(text):
     assert check.problems(text) == []
 
 
+@pytest.mark.slow
 def test_the_checker_survives_any_text(val):
     """A model under training writes anything; numbers of any length and any character are judged, never an error."""
     rng = Random(9)

@@ -114,6 +114,7 @@ def test_each_picture_can_be_drawn(written, name, tmp_path):
     assert data[:4] == b"\x89PNG" and (width, height) == (1600, 900)
 
 
+@pytest.mark.slow
 def test_few_runs_and_deep_models_can_be_drawn_too(tmp_path, base_dir):
     pictures.draw("ScalingLaws", visualize_data.scaling_props({}, 512), tmp_path / "a.png")
     deep = visualize_data.architecture(tiny_gpt(n_layer=20, window_pattern="SSSL"), "deep")
