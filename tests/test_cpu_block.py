@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_model import tiny_gpt
+from tiny_model import Sizes, tiny_gpt
 
 from nanochat import gpt
 from nanochat.kernels import cpu_block
@@ -80,21 +80,13 @@ def test_without_a_gradient_the_plain_block_runs(monkeypatch):
 @pytest.mark.parametrize("window", [20, 159])
 def test_scores_are_never_all_there_at_once_pitfall_16(window):
     """Forward and backward, a block of 16 queries at a time: no tensor of a row's 160 x 160."""
-    largest = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            y = func(*args, **(kwargs or {}))
-            largest.extend(z.numel() for z in (y if isinstance(y, tuple | list) else [y]) if torch.is_tensor(z))
-            return y
-
     q, k, v = torch.randn(3, 2, 160, 8).unbind(0)
-    with Watch():
+    with Sizes() as made:
         y, inverse = cpu_block.attention(q, k, v, window)
         empty = dict.fromkeys(cpu_block.Kept._fields)
         kept = cpu_block.Kept(**empty | {"q": q, "k": k, "v": v, "y": y, "inverse_sum": inverse})
         cpu_block.attention_back(torch.ones_like(y), kept, window)
-    assert max(largest) <= 2 * max(160 * 8, 16 * min(160, window + 32))
+    assert max(made.sizes) <= 2 * max(160 * 8, 16 * min(160, window + 32))
 
 
 def test_joining_the_matrices_is_undone_by_parting_them():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_model import tiny_gpt
+from tiny_model import Sizes, tiny_gpt
 from torch.nn import functional as F
 
 from nanochat import attention
@@ -405,19 +405,11 @@ def test_a_batch_without_targets_has_loss_zero_and_no_gradient_pitfall_2():
 def test_the_logits_of_a_training_step_are_never_whole_pitfall_18(monkeypatch):
     """With 8 rows a chunk, no tensor of the step has 80 x vocabulary entries."""
     monkeypatch.setattr(loss, "CPU_CHUNK", 8)
-    largest = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            y = func(*args, **(kwargs or {}))
-            largest.extend(z.numel() for z in (y if isinstance(y, tuple | list) else [y]) if torch.is_tensor(z))
-            return y
-
     config = GPTConfig(sequence_len=40, vocab_size=2048, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
     model = build(config)
-    with Watch():
+    with Sizes() as made:
         model(tokens(config=config), tokens(seed=2, config=config)).backward()
-    assert max(largest) == 2048 * 16  # the tables and their gradients; all logits at once would be 80 x 2048
+    assert max(made.sizes) == 2048 * 16  # the tables and their gradients; all logits at once would be 80 x 2048
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

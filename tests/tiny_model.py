@@ -40,6 +40,19 @@ def save_checkpoint(source="sft", tag="d3", step=5, more=None, **changes):
     return model
 
 
+class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes how many entries each tensor has that is made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        self.sizes += [z.numel() for z in (y if isinstance(y, tuple | list) else [y]) if torch.is_tensor(z)]
+        return y
+
+
 class Scripted(torch.nn.Module):
     """A stand-in for a model that always continues with the script, whatever it reads: script[i] follows i tokens."""
 
