@@ -212,6 +212,8 @@ def here(artefacts, tmp_path, monkeypatch):
     monkeypatch.setattr("tiktoken.get_encoding", no_net)
     yield folder
     torch.set_num_threads(1)
+    if "wandb" in sys.modules:  # its session would keep this folder for the tests that follow
+        sys.modules["wandb"].teardown()
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
