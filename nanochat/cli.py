@@ -66,41 +66,54 @@ def _unwinding_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM end the process although it is deep in compiled code, where no Python handler runs.
+def listening(hear: Callable[[socket.socket], None]) -> Iterator[None]:
+    """Signals heard where Python runs no handler, as in compiled code or a collective: inside, `hear` runs in a thread
+    and receives from a socket a byte a signal, the signal's number, and nothing more at the end.
 
-    For long work that writes no file. Who can unwind within UNWIND seconds does; else a thread, which reads the signals
-    from a socket, leaves.
+    Only signals that have a Python handler are heard. For the main thread, which alone may ask for them.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard, listener = socket.socketpair()
-    heard.setblocking(False)
-    before = signal.set_wakeup_fd(heard.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_leave_when_told, args=(listener,), name="nanochat-signals", daemon=True)
+    told, listener = socket.socketpair()
+    told.setblocking(False)
+
+    def run() -> None:
+        with listener:
+            hear(listener)
+
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=run, name="nanochat-signals", daemon=True)
     thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        heard.close()
+        told.close()
         thread.join()
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the process although it is deep in compiled code, where no Python handler runs.
+
+    For long work that writes no file. Who can unwind within UNWIND seconds does; else the listening thread leaves.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with listening(_leave_when_told):
+        yield
+
+
 def _leave_when_told(listener: socket.socket) -> None:
-    """The socket's end is the end of the `with`."""
-    with listener:
-        while number := int.from_bytes(listener.recv(1)):
-            if number in (signal.SIGINT, signal.SIGTERM):
-                listener.settimeout(UNWIND)
-                try:
-                    while listener.recv(1):
-                        pass
-                    return
-                except TimeoutError:
-                    os.write(2, f"\n{_stopped(number)}\n".encode())
-                    os._exit(128 + number)
+    while number := int.from_bytes(listener.recv(1)):
+        if number in (signal.SIGINT, signal.SIGTERM):
+            listener.settimeout(UNWIND)
+            try:
+                while listener.recv(1):
+                    pass
+                return
+            except TimeoutError:
+                os.write(2, f"\n{_stopped(number)}\n".encode())
+                os._exit(128 + number)
 
 
 def _stopped(number: int) -> str:

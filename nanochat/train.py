@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from nanochat import faults, shard
+from nanochat import cli, faults, shard
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 
@@ -200,27 +200,22 @@ class StopSignal:
         self.several = runtime is not None and runtime.world > 1
         self.received = 0  # signal number on this rank, 0 = none
         self.before: dict[int, Any] = {}
-        self._heard: socket.socket | None = None
+        self._listening: contextlib.AbstractContextManager | None = None
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
             return self  # signals are not ours to take
-        self._heard, listener = socket.socketpair()
-        self._heard.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._heard.fileno(), warn_on_full_buffer=False)
+        self._listening = cli.listening(self._listen)
+        self._listening.__enter__()
         for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
             self.before[number] = signal.signal(number, self._note)
-        self._thread = threading.Thread(target=self._listen, args=(listener,), name="nanochat-signals", daemon=True)
-        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self._heard:
-            signal.set_wakeup_fd(self._wakeup)
-            self._heard.close()
-            self._thread.join()
+        if self._listening:
+            self._listening.__exit__(None, None, None)
 
     def _note(self, number: int, _frame) -> None:
         if not self.received:
@@ -230,27 +225,26 @@ class StopSignal:
                 os.write(2, b"\n" + text if os.isatty(2) else text)  # a terminal's last line may not have ended
 
     def _listen(self, listener: socket.socket) -> None:
-        """Leave by a deadline that the signals set; the socket's end is the end of the `with`."""
+        """Leave by a deadline that the signals set."""
         first, number, deadline = 0.0, 0, math.inf
-        with listener:
-            while True:
-                now = time.monotonic()
-                listener.settimeout(None if deadline == math.inf else max(deadline - now, 1e-3))
-                try:
-                    numbers = listener.recv(64)
-                except TimeoutError:
-                    os.write(2, b"not at the end of the step after the signal: leaving without saving\n")
+        while True:
+            now = time.monotonic()
+            listener.settimeout(None if deadline == math.inf else max(deadline - now, 1e-3))
+            try:
+                numbers = listener.recv(64)
+            except TimeoutError:
+                os.write(2, b"not at the end of the step after the signal: leaving without saving\n")
+                os._exit(128 + number)
+            if not numbers:
+                return
+            now = time.monotonic()
+            for number in (n for n in numbers if n in self.before):
+                if not first:
+                    first = now
+                    if self.several and number != getattr(signal, "SIGUSR1", 0):
+                        deadline = now + PATIENCE
+                elif now - first >= GRACE:
                     os._exit(128 + number)
-                if not numbers:
-                    return
-                now = time.monotonic()
-                for number in (n for n in numbers if n in self.before):
-                    if not first:
-                        first = now
-                        if self.several and number != getattr(signal, "SIGUSR1", 0):
-                            deadline = now + PATIENCE
-                    elif now - first >= GRACE:
-                        os._exit(128 + number)
 
     def agreed(self, runtime: Runtime) -> int:
         """The signal that any rank received, on every rank; 0 if none. Collective: call it once a step."""
