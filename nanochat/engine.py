@@ -22,6 +22,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nanochat import logprobs, native
@@ -237,7 +238,7 @@ class Engine:
                 sequence.prompt.logits = None
         if not rows:
             return []
-        return self._take(rows, logits[0] if len(logits) == 1 else torch.cat(logits))
+        return self._take(rows, logits[0] if len(logits) == 1 else _together(logits))
 
     def _refresh(self) -> None:
         """The weights may have changed: lay them out, forget what was computed with the old ones."""
@@ -332,6 +333,13 @@ class Engine:
         asked = any(each.logprobs for each in params)
         top = max(each.top_logprobs for each in params)
         return logprobs.unpack(logprobs.pack(logits, ids, asked, top))
+
+
+def _together(logits: list[torch.Tensor]) -> torch.Tensor:
+    """torch.cat. On a CPU by numpy: it wakes no threads of torch's, which would then spin where our C's are to run."""
+    if logits[0].device.type == "cpu":
+        return torch.from_numpy(np.concatenate([part.numpy() for part in logits]))
+    return torch.cat(logits)
 
 
 def _problems(max_len, context, slots, prefill_tokens, guesses, block) -> list[str]:

@@ -44,6 +44,8 @@ from nanochat.errors import UserError, refuse
 from nanochat.sampling import Sampling
 from tasks import mixtures
 
+SLOTS = 128  # replies written at the same time, where the cache has room: the fewer steps, the less between them
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -179,7 +181,7 @@ def evaluate(model, task, tokenizer, cfg: Config, rt: runtime.Runtime) -> dict[s
     """Unbiased pass@k on the held-out problems, and the standard error of pass@1; the same draws at every step."""
     with train.resting(model):
         result = chat_eval.evaluate(
-            task, Engine(model, tokenizer), tokenizer, runtime=rt, max_problems=cfg.eval_examples,
+            task, Engine(model, tokenizer, slots=SLOTS), tokenizer, runtime=rt, max_problems=cfg.eval_examples,
             num_samples=cfg.eval_samples, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
             top_k=cfg.top_k or None, seed=cfg.seed, name="pass@k",
         )  # fmt: skip
@@ -249,7 +251,7 @@ def main(cfg: Config) -> dict:
             mine = [i % len(problems) for i in range(step * cfg.examples_per_step, (step + 1) * cfg.examples_per_step)]
             with train.resting(model):
                 rollouts, rewards = draw(
-                    Engine(model, tokenizer), problems, mine[rt.rank :: rt.world], cfg, step, tokenizer
+                    Engine(model, tokenizer, slots=SLOTS), problems, mine[rt.rank :: rt.world], cfg, step, tokenizer
                 )
             counts = [sum(map(sum, rewards)), sum(map(len, rewards)), len(rollouts), sum(sum(r.mask) for r in rollouts)]
             paid, drawn, taught, tokens = rt.sum(torch.tensor(counts, dtype=torch.float32, device=rt.device)).tolist()

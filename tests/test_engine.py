@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_model import TOKENIZER, Scripted, ids_of, tiny_gpt
 
+from nanochat import engine
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling
@@ -162,6 +163,13 @@ def test_a_cancelled_sequence_gets_no_further_forward_pitfall_32():
     engine.cancel(first)  # again: nothing
     engine.cancel(second)
     assert not engine.busy and engine.step() == []
+
+
+def test_rows_of_a_step_are_joined_without_torchs_threads(monkeypatch):
+    parts = [torch.randn(3, 7), torch.randn(1, 7), torch.randn(2, 7)]
+    wanted = torch.cat(parts)
+    monkeypatch.setattr(torch, "cat", None)  # it would wake them
+    assert torch.equal(engine._together(parts), wanted)
 
 
 def test_a_long_prompt_is_read_in_parts_while_others_go_on():
