@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from nanochat.gpt import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 
-LOSS_CHUNK = (1024, 256)  # rows of logits alive at a time, GPU and CPU: CHUNK, CPU_CHUNK of nanochat/kernels/loss.py
+LOSS_CHUNK = (1024, 512)  # rows of logits alive at a time, GPU and CPU: CHUNK, CPU_CHUNK of nanochat/kernels/loss.py
 CPU_PIECE = 2**21  # elements of matrices that Muon moves at once on a CPU: PIECE of nanochat/banks.py
 
 
@@ -83,9 +83,7 @@ def activations(config: GPTConfig, rows: int, bytes_per_value: int = 2, forward:
     block = width * config.n_embd + kv * config.kv_dim + mlp * 4 * config.n_embd
     stats = STATS * (2 + 2 * config.n_head + config.n_kv_head)
     token = bytes_per_value * (config.n_layer * block + outside * config.n_embd) + config.n_layer * stats
-    # by hand each block has the rotary tables of its own, as wide as q and k, whatever the number of rows
-    tables = bytes_per_value * config.n_layer * config.sequence_len * (config.n_embd + config.kv_dim)
-    return rows * int(config.sequence_len * token) + tables * (forward == "by hand")
+    return rows * int(config.sequence_len * token)
 
 
 def recomputation(config: GPTConfig, rows: int, bytes_per_value: int = 2, forward: str = "plain") -> dict[str, int]:

@@ -204,10 +204,12 @@ def run_block(block: Block, *arguments) -> torch.Tensor:
 
 
 def run_block_by_hand(block: Block, x, x0, scales, embedded, rope, window, attend, cache) -> torch.Tensor:
-    """The same by kernels/cpu_block.py, which has its own attention, where a gradient is wanted; else the block's."""
-    if cache is not None or not torch.is_grad_enabled():
+    """The same by kernels/cpu_block.py, which has its own attention, where a gradient is wanted; else, and in a dtype
+    or on a machine for which there is no compiled C, the block's."""
+    from nanochat.kernels import cpu_block, cpu_train
+
+    if cache is not None or not torch.is_grad_enabled() or cpu_train.library(x.dtype) is None:
         return block(x, x0, scales, embedded, rope, window, attend, cache)
-    from nanochat.kernels import cpu_block
 
     a, m = block.attn, block.mlp
     heads, kv_heads = (matrix.out_features // a.head_dim for matrix in (a.c_q, a.c_k))

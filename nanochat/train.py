@@ -27,6 +27,7 @@ import torch
 
 from nanochat import cli, faults, shard
 from nanochat.errors import UserError
+from nanochat.kernels import cpu_train
 from nanochat.runtime import Runtime
 
 SMOOTHING = 0.9  # of the logged loss: the last 10 steps, roughly
@@ -324,10 +325,10 @@ def fastest(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> tu
         return model, "plain: --compile=off"
     if runtime.device.type == "cpu" and shard.sharded(model):
         return model, "plain: blocks by hand don't gather shards"
-    if runtime.device.type == "cpu" and runtime.dtype == torch.float16:
-        return model, "plain: blocks by hand take exp of whole scores, which fp16 can't hold"
+    if runtime.device.type == "cpu" and cpu_train.library(runtime.dtype) is None:
+        return model, "plain: blocks by hand need a C compiler" if runtime.dtype in cpu_train.BITS else "plain: fp16"
     if runtime.device.type == "cpu":
-        return model.by_hand(), "blocks by hand, with their own attention; nothing to compile"
+        return model.by_hand(), "blocks by hand, with their own attention, in our C between torch's matrix products"
     if runtime.device.type == "mps":
         return model, "plain: torch.compile is not used on MPS"
     if importlib.util.find_spec("triton") is None:

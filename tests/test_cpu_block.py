@@ -1,24 +1,29 @@
 """The block by hand, for training on CPU, against the plain one under autograd: values, gradients, groups, windows."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
-from tiny_model import Sizes, tiny_gpt
+from tiny_model import tiny_gpt
 
-from nanochat import gpt
-from nanochat.kernels import cpu_block
+from nanochat import train
+from nanochat.kernels import compiled, cpu_block, cpu_train
+from nanochat.runtime import Runtime
 
 CASES = {  # changes of tiny_gpt, rows, tokens a row
     "windows, few kv heads, value embeddings": ({}, 3, 40),
     "as many kv heads": ({"n_kv_head": 4, "window_pattern": "L"}, 3, 40),
     "one row, one token": ({}, 1, 1),
     "whole blocks of queries": ({"window_pattern": "16,L"}, 2, 32),
+    "a window that leaves whole blocks of keys unseen": ({"window_pattern": "3,L", "sequence_len": 128}, 2, 101),
+    "a usual head dim": ({"n_head": 2, "n_kv_head": 1, "n_embd": 64, "sequence_len": 128}, 3, 70),
 }
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Blocks of 16 queries and groups of two rows of 40 tokens, so that small cases have several of both."""
-    monkeypatch.setattr(cpu_block, "QUERIES", 16)
+    """Groups of two rows of 40 tokens, so that small cases have several; blocks of queries hold 32."""
     monkeypatch.setattr(cpu_block, "GROUP", 2 * 40 * 4 * 32 // torch.get_num_threads())
 
 
@@ -77,21 +82,69 @@ def test_without_a_gradient_the_plain_block_runs(monkeypatch):
         torch.testing.assert_close(model.by_hand()(ids, ids), expected)
 
 
-@pytest.mark.parametrize("window", [20, 159])
-def test_scores_are_never_all_there_at_once_pitfall_16(window):
-    """Forward and backward, a block of 16 queries at a time: no tensor of a row's 160 x 160."""
-    q, k, v = torch.randn(3, 2, 160, 8).unbind(0)
-    with Sizes() as made:
-        y, inverse = cpu_block.attention(q, k, v, window)
-        empty = dict.fromkeys(cpu_block.Kept._fields)
-        kept = cpu_block.Kept(**empty | {"q": q, "k": k, "v": v, "y": y, "inverse_sum": inverse})
-        cpu_block.attention_back(torch.ones_like(y), kept, window)
-    assert max(made.sizes) <= 2 * max(160 * 8, 16 * min(160, window + 32))
+def desk(tokens, name="attend_back"):
+    """How many numbers a thread holds while it works on a head of rows of so many tokens."""
+    sizes = {"n": 2, "t": tokens, "c": 64, "heads": 2, "kv_heads": 2, "dim": 32, "window": tokens}
+    passes = cpu_train.Passes(torch.float32, **sizes)
+    return passes.library.desk(cpu_train.PASSES.index(name), passes.at)
 
 
-def test_joining_the_matrices_is_undone_by_parting_them():
-    shape = cpu_block.Shape(4, 2, 8, 0, gpt.EPS, 1.0, 1.0)
-    q, k, v = torch.randn(32, 5), torch.randn(16, 5), torch.randn(16, 5)
-    joint = cpu_block.join(q, k, v, 4)
-    assert all(torch.equal(a, b) for a, b in zip(cpu_block.part(joint, shape), (q, k, v), strict=True))
-    assert torch.equal(joint[:4], q[:4]) and torch.equal(joint[4:8], q[8:12]) and torch.equal(joint[24:28], q[4:8])
+def test_scores_are_never_all_there_at_once_pitfall_16():
+    """What attention holds grows with the tokens, not with their square."""
+    assert desk(4096) < 2.1 * desk(2048) and desk(4096) < 4096**2 / 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_nothing_to_the_last_bit_borrowed_or_our_own(dtype, monkeypatch):
+    model = tiny_gpt()
+    model.compute_dtype = dtype
+    library, before, results = cpu_train.library(dtype), torch.get_num_threads(), []
+    try:
+        for threads, team in ((1, True), (2, True), (2, False)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(cpu_block, "GROUP", 2 * 40 * 4 * 32 // threads)  # the same groups
+            if not team:
+                library.borrow(None)
+            results.append(both(model, 3, 40)[1])
+    finally:
+        torch.set_num_threads(before)
+        cpu_train.library.cache_clear()
+    for loss, grads in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("-mavx2", "-mfma")], ids=str)
+def test_other_vectors_compute_the_same(flags, tmp_path, monkeypatch):
+    if flags and "avx2" not in compiled.processor():
+        pytest.skip("this processor has no AVX2")
+    made = functools.cache(lambda dtype: other(dtype, flags, tmp_path))
+    monkeypatch.setattr(cpu_train, "library", made)
+    for case in CASES:
+        test_by_hand_equals_autograd_exactly_in_fp64(case)
+    test_by_hand_is_as_close_as_the_dtype_allows_and_gradients_stay_fp32(torch.float32, 1e-4)
+    test_by_hand_is_as_close_as_the_dtype_allows_and_gradients_stay_fp32(torch.bfloat16, 0.06)
+
+
+def other(dtype, flags, folder):
+    """The library, compiled with these flags in place of this machine's."""
+    bits = cpu_train.BITS[dtype]
+    path = folder / f"{bits}.so"
+    flags = (*compiled.FLAGS, *flags, f"-DREAL={bits}")
+    assert compiled.build(compiled.find_compiler(), flags, cpu_train.SOURCE, path) == ""
+    return cpu_train.load(path)
+
+
+def test_without_a_compiler_the_plain_block_trains_and_one_line_says_so(monkeypatch, caplog):
+    cpu_train.library.cache_clear()
+    monkeypatch.setenv("NANOCHAT_KERNELS", "")
+    model, runtime = tiny_gpt(), Runtime.single()
+    assert train.fastest(model, dataclasses.replace(runtime, dtype=torch.float32)) == (
+        model,
+        "plain: blocks by hand need a C compiler",
+    )
+    (want, grads), (loss, found) = both(model, 3, 40)
+    assert torch.equal(want, loss) and all(torch.equal(a, b) for a, b in zip(grads, found, strict=True))
+    assert len(caplog.records) == 1 and "NANOCHAT_KERNELS" in caplog.text
+    cpu_train.library.cache_clear()

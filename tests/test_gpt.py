@@ -359,7 +359,10 @@ def head(dtype, rows=37, width=16, vocab=50, padded=64):
 @pytest.mark.parametrize("chunk", [8, 37, 1000])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_loss_in_chunks_equals_the_plain_one_pitfall_18(dtype, reduction, chunk):
+@pytest.mark.parametrize("in_c", [True, False])
+def test_loss_in_chunks_equals_the_plain_one_pitfall_18(in_c, dtype, reduction, chunk, monkeypatch):
+    if not in_c:  # as on a GPU, and on a CPU without a compiler
+        monkeypatch.setattr(loss.cpu_train, "library", lambda dtype: None)
     arguments = head(dtype)
     hidden, weight, targets = arguments[:3]
     upstream = torch.randn(37 if reduction == "none" else (), generator=torch.Generator().manual_seed(1))

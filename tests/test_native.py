@@ -17,8 +17,8 @@ from tiny_model import TOKENIZER, tiny_gpt
 
 from nanochat import native
 from nanochat.engine import Engine
-from nanochat.kernels import cpu_forward
-from nanochat.kernels.cpu_forward import Unavailable
+from nanochat.kernels import compiled, cpu_forward, cpu_train
+from nanochat.kernels.compiled import Unavailable
 from nanochat.sampling import Sampling, sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,10 +82,10 @@ def test_the_c_equals_the_whole_forward(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("-mavx2", "-mfma")], ids=str)
 def test_other_vectors_compute_the_same(flags, tmp_path, monkeypatch):
-    if flags and "avx2" not in cpu_forward.processor():
+    if flags and "avx2" not in compiled.processor():
         pytest.skip("this processor has no AVX2")
     path = tmp_path / "other.so"
-    assert cpu_forward.build(cpu_forward.find_compiler(), (*cpu_forward.FLAGS, *flags), path) == ""
+    assert compiled.build(compiled.find_compiler(), (*compiled.FLAGS, *flags), cpu_forward.SOURCE, path) == ""
     library = cpu_forward.load(path)
     assert library.panel_columns() == (16 if flags else 8)
     monkeypatch.setattr(cpu_forward, "library", lambda: library)
@@ -232,32 +232,32 @@ def test_a_folder_that_cannot_be_written_is_not_fatal(fresh, monkeypatch, caplog
     def refused(**_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(cpu_forward.tempfile, "mkstemp", refused)
+    monkeypatch.setattr(compiled.tempfile, "mkstemp", refused)
     falls_back(caplog, "can't be written (Read-only file system); point NANOCHAT_KERNELS elsewhere")
 
 
 @pytest.mark.slow
 def test_a_damaged_file_is_not_fatal(fresh, caplog):
-    path = cpu_forward.compiled()
+    path = compiled.made(cpu_forward.SOURCE)
     path.write_bytes(b"damaged")
     falls_back(caplog, "remove it")
 
 
 @pytest.mark.slow
 def test_it_is_compiled_once_and_again_for_another_compiler(fresh, monkeypatch, tmp_path):
-    first = cpu_forward.compiled()
+    first = compiled.made(cpu_forward.SOURCE)
     made = first.stat().st_mtime_ns
-    assert cpu_forward.compiled() == first and first.stat().st_mtime_ns == made
-    real = cpu_forward.find_compiler()
+    assert compiled.made(cpu_forward.SOURCE) == first and first.stat().st_mtime_ns == made
+    real = compiled.find_compiler()
     monkeypatch.setenv("CC", script(tmp_path / "other", f'[ "$1" = --version ] && echo 99 || exec {real} "$@"'))
-    second = cpu_forward.compiled()
+    second = compiled.made(cpu_forward.SOURCE)
     assert second != first and set(fresh.iterdir()) == {first, second}
     assert fresh.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.slow
 def test_a_compiler_without_march_native_will_do(fresh, monkeypatch, tmp_path):
-    real = cpu_forward.find_compiler()
+    real = compiled.find_compiler()
     refuse = f'case "$*" in *-march=native*) exit 1;; esac; exec {real} "$@"'
     monkeypatch.setenv("CC", script(tmp_path / "plain", refuse))
     assert cpu_forward.library().panel_columns() >= 8
@@ -265,23 +265,25 @@ def test_a_compiler_without_march_native_will_do(fresh, monkeypatch, tmp_path):
 
 def test_the_cache_lies_in_the_artefact_folder(fresh, monkeypatch, base_dir):
     monkeypatch.delenv("NANOCHAT_KERNELS")
-    assert cpu_forward.folder() == base_dir / "kernels"
+    assert compiled.folder() == base_dir / "kernels"
 
 
 def test_unavailable_needs_no_engine(fresh, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(Unavailable, match="no-such-compiler"):
-        cpu_forward.compiled()
+        compiled.made(cpu_forward.SOURCE)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("source", [cpu_forward.SOURCE, *[(cpu_train.SOURCE, n) for n in (16, 32, 64)]], ids=str)
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_the_source_has_no_warnings(compiler, tmp_path):
+def test_the_source_has_no_warnings(compiler, source, tmp_path):
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler} here")
-    for flags in ((cpu_forward.NATIVE,), ()):
-        command = [compiler, *cpu_forward.FLAGS, *flags, "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
-        command += [str(cpu_forward.SOURCE), "-o", str(tmp_path / "strict.so"), "-lm"]
+    source, *bits = source if isinstance(source, tuple) else (source,)
+    for flags in ((compiled.NATIVE,), ()):
+        command = [compiler, *compiled.FLAGS, *flags, "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
+        command += [f"-DREAL={n}" for n in bits] + [str(source), "-o", str(tmp_path / "strict.so"), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:3000]
 
