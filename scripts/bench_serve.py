@@ -206,26 +206,15 @@ class Load:
         self.requests.append(request)
         more = {"html": True, "logprobs": 5} if self.cfg.html else {}
         body = json.dumps({"messages": messages, "max_tokens": self.cfg.max_tokens, **more}).encode()
-        last = b""
         try:
-            async with connected(self.port) as (reader, writer):
-                writer.write(head("POST /chat/completions", len(body)) + body)
-                start, latest = time.perf_counter(), 0.0
-                request.status = int((await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1])
-                while piece := await reader.read(65536):
-                    now = time.perf_counter()
-                    if not request.first:
-                        request.first = now - start
-                    else:
-                        request.gap = max(request.gap, now - latest)
-                    latest, last = now, (last + piece)[-400_000:]
-                spent = latest - start
-            done = json.loads(last[last.rindex(b'data: {"done"') + 6 :].split(b"\n\n", 1)[0])
-        except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+            answer = await fetch(self.port, head("POST /chat/completions", len(body)) + body)
+            request.status = answer.status
+            done = json.loads(answer.data[answer.data.rindex(b'data: {"done"') + 6 :].split(b"\n\n", 1)[0])
+        except (OSError, ValueError, IndexError) as error:
             request.failed = f"{request.status} {type(error).__name__}"
             return []
-        request.tokens = done["tokens"]
-        request.each = (spent - request.first) / max(1, request.tokens - 1)
+        request.tokens, request.gap, request.first = done["tokens"], answer.gap, answer.first - answer.begun
+        request.each = (answer.latest - answer.first) / max(1, request.tokens - 1)
         if done["finish"] not in ("stop", "length"):
             request.failed = done["finish"]
         return done["parts"]
@@ -245,14 +234,50 @@ class Load:
             await asyncio.sleep(MEMORY_SECONDS)
 
 
-@contextlib.asynccontextmanager
-async def connected(port: int):
-    """A connection that is closed in the end."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+class Answer(asyncio.Protocol):
+    """One answer as it comes, with the times (by perf_counter) of its pieces. No stream: clients cost little so."""
+
+    def __init__(self):
+        self.data = bytearray()  # head and body
+        self.over = asyncio.get_running_loop().create_future()
+        self.begun = self.first = self.latest = 0.0  # of the request, the first piece of the body, and the newest
+        self.gap = 0.0  # the longest wait between two pieces
+
+    @property
+    def status(self) -> int:
+        """Of the HTTP answer."""
+        return int(self.data.split(b" ", 2)[1])
+
+    def data_received(self, data: bytes) -> None:
+        """Another piece."""
+        now = time.perf_counter()
+        self.data += data
+        if self.first:
+            self.gap = max(self.gap, now - self.latest)
+        elif self.data.partition(b"\r\n\r\n")[2]:
+            self.first = now
+        self.latest = now
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The end, or a broken connection."""
+        if self.over.cancelled():
+            return
+        if exc:
+            self.over.set_exception(exc)
+        else:
+            self.over.set_result(None)
+
+
+async def fetch(port: int, request: bytes) -> Answer:
+    """Send a request on a connection of its own -> the whole answer."""
+    transport, answer = await asyncio.get_running_loop().create_connection(Answer, "127.0.0.1", port)
     try:
-        yield reader, writer
+        transport.write(request)
+        answer.begun = time.perf_counter()
+        await answer.over
     finally:
-        writer.close()
+        transport.close()
+    return answer
 
 
 def head(line: str, length: int = 0) -> bytes:
@@ -263,16 +288,12 @@ def head(line: str, length: int = 0) -> bytes:
 
 async def get(port: int, path: str) -> int:
     """The status of a GET."""
-    async with connected(port) as (reader, writer):
-        writer.write(head(f"GET {path}"))
-        return int((await reader.read()).split(b" ", 2)[1])
+    return (await fetch(port, head(f"GET {path}"))).status
 
 
 async def stats(port: int) -> dict:
     """What /stats says."""
-    async with connected(port) as (reader, writer):
-        writer.write(head("GET /stats"))
-        return json.loads((await reader.read()).split(b"\r\n\r\n", 1)[1])
+    return json.loads((await fetch(port, head("GET /stats"))).data.partition(b"\r\n\r\n")[2])
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

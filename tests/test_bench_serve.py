@@ -1,5 +1,8 @@
 """scripts/bench_serve.py: what it makes of the requests it saw. Being timed, its runs are no tests."""
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 
 from nanochat.errors import UserError
@@ -33,6 +36,32 @@ def test_warm_up_and_failures_do_not_count_as_good():
     shown = bench_serve.figures(cfg, load)
     assert (shown["requests"], shown["failed"]) == (3, {"503": 1})
     assert (shown["requests_per_second"], shown["goodput_per_second"]) == (0.2, 0.1)
+
+
+def test_an_answer_knows_when_its_body_began_and_where_it_paused(monkeypatch):
+    clock = iter([10.0, 12.0, 12.5, 16.0])
+    monkeypatch.setattr(bench_serve, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    async def read():
+        answer = bench_serve.Answer()
+        for piece in (b"HTTP/1.1 200 OK\r\n\r\n", b"a", b"b", b"c"):
+            answer.data_received(piece)
+        answer.connection_lost(None)
+        await answer.over
+        return answer
+
+    answer = asyncio.run(read())
+    assert (answer.status, answer.first, answer.latest, answer.gap) == (200, 12.0, 16.0, 3.5)
+
+
+def test_a_broken_connection_is_no_end():
+    async def read():
+        answer = bench_serve.Answer()
+        answer.connection_lost(ConnectionResetError())
+        await answer.over
+
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(read())
 
 
 def test_senseless_loads_are_refused():

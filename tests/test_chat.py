@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nanochat.chat import check, parse_reply, picture, render, render_for_completion, trim
 from nanochat.errors import UserError
+from nanochat.serve import prompts
 from nanochat.tokenizer import Tokenizer
 
 TOK = Tokenizer.from_ranks([bytes([b]) for b in range(256)])
@@ -165,6 +166,24 @@ def test_a_prompt_is_the_beginning_of_what_was_trained():
 
 
 LONG = [user("1" * 10), assistant("2" * 10), user("3" * 10), assistant("4" * 10), user("5" * 10)]
+
+
+def test_a_chat_that_fits_is_encoded_once_and_one_that_does_not_is_trimmed():
+    messages = [system("Be brief."), user("one"), assistant("two"), user("three"), assistant("four"), user("five")]
+    whole, encoded = len(render_for_completion(talk(*messages), TOK)), []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(TOK, name)
+
+        def encode(self, text, **more):
+            encoded.append(text)
+            return TOK.encode(text, **more)
+
+    ids, dropped = prompts.fit(messages, Counting(), context=whole + 10, max_tokens=10)
+    assert (len(ids), dropped, len(encoded)) == (whole, 0, 5)
+    ids, dropped = prompts.fit(messages, TOK, context=whole + 9, max_tokens=10)
+    assert (ids, dropped) == (render_for_completion(talk(messages[0], *messages[3:]), TOK), 2)
 
 
 def test_trim_drops_the_oldest_whole_turns_and_keeps_the_system_message():

@@ -67,10 +67,10 @@ def create_app(desk: Desk, run_workers: bool = True) -> FastAPI:
         Guard, api_key=settings.api_key, max_body=asks.MAX_BODY, local=settings.local, count=counter(app, desk)
     )
     add_errors(app)
-    add_page(app)
-    add_status(app, desk)
-    add_published(app, desk)
+    add_published(app, desk)  # first: paths are tried in this order
     add_openai(app, desk)
+    add_status(app, desk)
+    add_page(app)
     return app
 
 

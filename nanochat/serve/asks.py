@@ -95,7 +95,7 @@ class Message(Body):
 
 def conversation(messages: list[Message]) -> list[dict[str, Any]]:
     """The messages, ready for nanochat.chat. UserError: out of bounds, or no conversation that the user ended."""
-    refuse(_message_problems(messages))
+    refuse(_message_problems(messages, [message.size() for message in messages]))
     plain = [message.plain() for message in messages]
     chat.check({"messages": plain})
     if plain[-1]["role"] != "user":
@@ -103,20 +103,20 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def _message_problems(messages: list[Message]) -> list[str]:
+def _message_problems(messages: list[Message], sizes: list[int]) -> list[str]:
     if not 1 <= len(messages) <= MAX_MESSAGES:
         return [f"a conversation must have 1 to {MAX_MESSAGES} messages."]
     wrong = []
-    for i, message in enumerate(messages, 1):
+    for i, (message, size) in enumerate(zip(messages, sizes), 1):
         if len(message.role) > 20:
             wrong.append(f"message {i} has an unknown role.")  # and not its name: an error is short
-        if not message.size():
+        if not size:
             wrong.append(f"message {i} is empty.")
-        if message.role != "assistant" and message.size() > MAX_MESSAGE_CHARS:
+        if message.role != "assistant" and size > MAX_MESSAGE_CHARS:
             wrong.append(f"message {i} is longer than {MAX_MESSAGE_CHARS} characters.")
         if len(message.pieces()) > MAX_PARTS:
             wrong.append(f"message {i} has more than {MAX_PARTS} parts.")
-    if sum(message.size() for message in messages) > MAX_CHARS:
+    if sum(sizes) > MAX_CHARS:
         wrong.append(f"the messages together are longer than {MAX_CHARS} characters.")
     return wrong[:10]
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
@@ -87,7 +87,7 @@ class Desk:
         address, replies = request.client.host if request.client else "", n * len(ids)
         self.clients.enter(address, replies)
         try:
-            ticket = self.pool.submit(model, ids, asdict(sampling), n)
+            ticket = self.pool.submit(model, ids, vars(sampling), n)
         except BaseException:
             self.clients.leave(address, replies)
             raise
@@ -158,6 +158,9 @@ class EventStream(Response):
             await self.events.aclose()
 
 
-def event(data: dict) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+
+
+def event(*data: dict) -> str:
+    """Server-sent events, to be sent as one piece."""
+    return "".join(f"data: {_json(each)}\n\n" for each in data)

@@ -20,6 +20,8 @@ def fit(messages: list[dict[str, Any]], tokenizer, context: int, max_tokens: int
     UserError: not a conversation that ends with the user, or its last message alone does not fit.
     """
     budget = max(context - max_tokens, int(context * LEAST_SHARE))
-    kept = chat.trim(messages, tokenizer, budget)
-    ids = chat.render_for_completion({"messages": kept}, tokenizer)
+    ids, kept = chat.render_for_completion({"messages": messages}, tokenizer), messages
+    if len(ids) > budget:
+        kept = chat.trim(messages, tokenizer, budget)
+        ids = chat.render_for_completion({"messages": kept}, tokenizer)
     return Prompt(ids, len(messages) - len(kept))

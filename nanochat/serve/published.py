@@ -46,18 +46,19 @@ async def events(
     parts: list[dict] = []
     try:
         while items:
+            made = [data for item in items for data in told(item, ticket.worker.number)]
             for item in items:
-                for data in told(item, ticket.worker.number):
-                    yield event(data)
                 add(parts, item.pieces)
-                if item.end:
-                    parts = item.end.parts or parts
-                    if view and (last := await view.last(parts)):
-                        yield event(last)
-                    end = {"finish": item.end.finish, "tokens": item.end.tokens, "parts": parts, "dropped": dropped}
-                    yield event({"done": True, **end})
-            if view and (seen := view.offer(parts)):
-                yield event(seen)
+            if end := items[-1].end:
+                parts = end.parts or parts
+                if view:
+                    yield event(*made)  # the text does not wait for its last rendering
+                    made = await view.last(parts)
+                ended = {"finish": end.finish, "tokens": end.tokens, "parts": parts, "dropped": dropped}
+                made.append({"done": True, **ended})
+            elif view:
+                made += view.offer(parts)
+            yield event(*made)
             items = await anext(rest, [])
     finally:
         if view:
@@ -97,9 +98,9 @@ class View:
         self.task: asyncio.Task | None = None
         self.begun = self.due = 0.0
 
-    def offer(self, parts: list[dict]) -> dict | None:
+    def offer(self, parts: list[dict]) -> list[dict]:
         """The event of a rendering that is done, if any; begins another when it is time."""
-        now, seen = time.monotonic(), None
+        now, seen = time.monotonic(), []
         if self.task and self.task.done():
             seen, self.task = self._changes(self.task.result()), None
             self.due = now + max(VIEW_SECONDS, VIEW_SHARE * (now - self.begun))
@@ -108,7 +109,7 @@ class View:
             self.task = asyncio.create_task(self.renderer.blocks([dict(part) for part in parts]))
         return seen
 
-    async def last(self, parts: list[dict]) -> dict | None:
+    async def last(self, parts: list[dict]) -> list[dict]:
         """The event that makes the view complete, if it is not."""
         self.close()
         return self._changes(await self.renderer.blocks(parts))
@@ -119,9 +120,9 @@ class View:
             self.task.cancel()
             self.task = None
 
-    def _changes(self, blocks: list[str]) -> dict | None:
+    def _changes(self, blocks: list[str]) -> list[dict]:
         pairs = enumerate(zip(blocks, self.sent))
         same = next((i for i, (new, old) in pairs if new != old), min(len(blocks), len(self.sent)))
         changed = blocks != self.sent
         self.sent = blocks
-        return {"html": blocks[same:], "from": same} if changed else None
+        return [{"html": blocks[same:], "from": same}] if changed else []
