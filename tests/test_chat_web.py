@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from tiny_model import TOKENIZER, save_checkpoint
 from nanochat import cli
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling
-from nanochat.serve import guard, server, worker
+from nanochat.serve import guard, prompts, server, worker
 from nanochat.serve.api import create_app
 from nanochat.serve.desk import Desk, Settings
 from nanochat.serve.pool import Pool, Worker
@@ -491,6 +492,26 @@ def test_a_half_closed_socket_holds_nothing():
         raw(rig.url, head + b"content-length: %d\r\n\r\n" % len(body) + body, half_close=True)
         until(lambda: rig.load == 0 and not rig.engine.busy)
         assert rig.engine.stats().generated_tokens < 200
+
+
+def test_a_client_that_knows_no_chunks_gets_the_stream_plain(hello):
+    body = json.dumps({"messages": HELLO}).encode()
+    head = b"POST /chat/completions HTTP/1.%d\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    more = b"connection: close\r\ncontent-length: %d\r\n\r\n%b"
+    old, new = (raw(hello, (head + more) % (minor, len(body), body)) for minor in (0, 1))
+    assert b"chunked" in new.partition(b"\r\n\r\n")[0] and b"chunked" not in old.partition(b"\r\n\r\n")[0]
+    stream = old.partition(b"\r\n\r\n")[2].decode()
+    assert said(json.loads(line[6:]) for line in stream.split("\n\n")[:-1]) == "Hey!"
+
+
+def test_only_a_long_conversation_is_encoded_beside_the_loop(monkeypatch):
+    fit, threads = prompts.fit, []
+    monkeypatch.setattr(prompts, "fit", lambda *ask: threads.append(threading.current_thread()) or fit(*ask))
+    with serving("Hey!.") as rig:
+        post(rig.url, messages=HELLO)
+        talk = [{"role": role, "content": "x" * 5000} for role in ("user", "assistant")]
+        post(rig.url, messages=[*talk, *HELLO])
+    assert len(threads) == 2 and "asyncio" not in threads[0].name and "asyncio" in threads[1].name
 
 
 def test_a_reader_that_does_not_read_is_dropped(monkeypatch):

@@ -24,6 +24,7 @@ from nanochat.serve.metrics import Metrics
 from nanochat.serve.pool import Busy, Item, Pool, Ticket
 from nanochat.serve.renderer import Renderer
 
+SOON_CHARS = 8000  # of a conversation, which are encoded in a millisecond or two: a thread would cost nearly that
 FAILED = "The model failed: try again."
 logger = logging.getLogger("nanochat.serve")
 
@@ -79,8 +80,10 @@ class Desk:
 
     async def prompt(self, model: str, messages: list[dict], max_tokens: int) -> prompts.Prompt:
         """The conversation as ids, without the oldest turns that don't fit."""
-        context = self.pool.context(model)
-        return await asyncio.to_thread(prompts.fit, messages, self.tokenizer, context, max_tokens)
+        ask = messages, self.tokenizer, self.pool.context(model), max_tokens
+        if sum(len(str(message["content"])) for message in messages) <= SOON_CHARS:
+            return prompts.fit(*ask)
+        return await asyncio.to_thread(prompts.fit, *ask)
 
     def open_ticket(self, request: Request, model: str, ids: list[list[int]], sampling: Sampling, n: int = 1) -> Ticket:
         """Hand a request to a worker. Busy, TooMany, NotReady: not now."""
@@ -148,11 +151,15 @@ class EventStream(Response):
         self.events = events
 
     async def __call__(self, scope, receive, send):
-        """Send each event as it comes."""
+        """Send each event as it comes, by the short way of server.Connection where that is the server."""
+        connection = scope.get("state", {}).get("connection")
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for event in self.events:
-                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+                if connection is not None:
+                    await connection.stream(event.encode())
+                else:
+                    await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
             await self.events.aclose()
