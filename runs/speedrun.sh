@@ -6,7 +6,7 @@
 # machine                   what runs                                                     time      source
 # 8 or more big GPUs        depth 24, fp8, ClimbMix, ratio 8: GPT-2 grade (CORE 0.2565)   ~100 min  published figure
 # 1 to 7 GPUs               the largest depth that fits memory and an evening (--hours)   ~5 h      scripts.plan
-# CPU or MPS, no GPU        the pocket run: depth 4 on the embedded corpus, no download   ~11 min   dev/bench/
+# CPU or MPS, no GPU        the pocket run: depth 4 on the embedded corpus, no download   ~10 min   dev/bench/
 #
 # Without a GPU, DATASET=climbmix (or fineweb-edu, or FOLDER) trains on real text instead: hours, by runs/runcpu.sh.
 # POCKET=1 forces the pocket run; WANDB_RUN=name logs to wandb; NANOCHAT_BASE_DIR says where everything goes.
@@ -35,7 +35,7 @@ pocket() {
     # twice the defaults, because batches are small and the run is short (dev/LOG.md). Sizes can be set from outside:
     # scripts.bench_recipe_kill runs the same recipe smaller.
     local seed="${SEED:-42}" vocab="${VOCAB:-3072}" chars="${CHARS:-3000000}" save="${SAVE_EVERY:-180}"
-    local base="${BASE_STEPS:-1300}" sft="${SFT_STEPS:-480}" rl="${RL_STEPS:-16}" problems="${PROBLEMS:-400}"
+    local base="${BASE_STEPS:-1300}" sft="${SFT_STEPS:-640}" rl="${RL_STEPS:-16}" problems="${PROBLEMS:-400}"
     local tokens="${EVAL_TOKENS:-32768}" rl_save="${RL_SAVE_EVERY:-6}"
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --vocab-size="$vocab" --max-chars="$chars"
     stage base_train python -m scripts.base_train --run="$run" --seed="$seed" --model-tag=pocket \
