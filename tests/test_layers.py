@@ -1,6 +1,7 @@
 """Who may import whom (CONTRIBUTING.md), kept by reading the imports; and that importing does nothing."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -42,9 +43,15 @@ def modules():
     return [p for folder in ("nanochat", "scripts", "tasks") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(path):
-    """Yield (dotted name, is it at module level) of every import in a file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    """(dotted name, is it at module level) of every import in a file."""
+    tree, found = parsed(path), []
     top = set(map(id, tree.body))
     for node in ast.walk(tree):
         names = []
@@ -52,8 +59,8 @@ def imports(path):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            yield name, id(node) in top
+        found += [(name, id(node) in top) for name in names]
+    return found
 
 
 def noun(dotted):
@@ -95,7 +102,7 @@ def test_the_model_knows_no_optimizer():
 
 def test_no_pickle_and_no_eval_anywhere_pitfall_45():
     for path in modules():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         for name, _ in imports(path):
             assert name.split(".")[0] not in ("pickle", "dill", "cloudpickle", "marshal"), f"{path.name} imports {name}"
         for node in ast.walk(tree):

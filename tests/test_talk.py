@@ -68,9 +68,9 @@ def test_conversations_are_short_and_varied(many):
 
 
 def assert_free_of_held_out_wordings(texts):
-    wordings = exam.held_out_wordings()
-    for text in map(exam.plain, texts):
-        for wording in wordings:
+    texts = list(map(exam.plain, texts))
+    for wording in exam.held_out_wordings():
+        for text in [text for text in texts if wording.longest in text]:  # the quick part of `in_text`, without calls
             assert not wording.in_text(text), f"{wording.template!r} is in {text!r}"
 
 

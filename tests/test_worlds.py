@@ -11,7 +11,7 @@ from nanochat import checkpoint, record
 
 ROOT = Path(__file__).resolve().parents[1]
 LIVES = """
-import json, signal, sys
+import json, shutil, signal, sys
 from pathlib import Path
 from nanochat import checkpoint, train
 from scripts import bench_kill
@@ -34,13 +34,13 @@ def agreed(self, rt):  # as if rank 0 had been sent SIGTERM before this update o
 
 train.StopSignal.agreed = agreed
 
-def life(base, stage, world, until, kind="optimizer"):
+def life(base, stage, world, until, kind="optimizer", *more):
     global limit
     limit = until
     module, flags = bench_kill.STAGES[stage]
     port = bench_kill.free_port()
     arguments = [*[f for f in flags if f.split("=")[0] not in {g.split("=")[0] for g in FLAGS[stage]}], *FLAGS[stage]]
-    arguments += ["--resume", f"--shard={kind}"]
+    arguments += ["--resume", f"--shard={kind}", *more]
     ranks = [bench_kill.start(base, module, arguments, r, world, port) for r in range(world)]
     statuses = bench_kill.wait_for(ranks)
     assert statuses == [0 if until is None else 128 + signal.SIGTERM] * world, (statuses, base)
@@ -55,19 +55,21 @@ for earlier in list(bench_kill.STAGES):
     life(folder / "one", earlier, 1, None)
     if earlier == stage:
         break
-for name, world, kind, until in json.loads(sys.argv[3]):
-    base = folder / name
+for name, world, kind, until, *more in json.loads(sys.argv[3]):
+    base, own = folder / name, checkpoint.FOLDERS[stage]
     if not base.exists():
         base.mkdir()
         before = list(bench_kill.STAGES)[: list(bench_kill.STAGES).index(stage)]
         for shared in ("tokenizer", *(checkpoint.FOLDERS[one] for one in before)):
             (base / shared).symlink_to(folder / "one" / shared)
-    life(base, stage, world, until, kind)
+        if name == "cut":  # it goes on from what the whole one saved half way
+            shutil.copytree(folder / "whole" / own, base / own, ignore=shutil.ignore_patterns("step_000006"))
+    life(base, stage, world, until, kind, *more)
 """
 
 
 def run(folder, stage, lives):
-    """A run on one rank, and the lives of others: (name, ranks, --shard, stopped before this update of its own)."""
+    """A run on one rank, and the lives of others: (name, ranks, --shard, stopped before this update, more flags)."""
     command = [sys.executable, "-c", LIVES, stage, str(folder), json.dumps(lives)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     logs = "".join(p.read_text()[-1500:] for p in folder.glob("*/rank_*.log"))
@@ -99,12 +101,14 @@ def test_a_run_goes_on_with_4_then_3_then_1_ranks_pitfall_9(tmp_path, stage):
 @pytest.mark.parametrize("stage", list(checkpoint.FOLDERS))
 def test_a_sharded_run_goes_on_bit_for_bit_and_on_other_worlds_pitfalls_8_9(tmp_path, stage):
     """--shard=full, saved and resumed: 2 ranks the very bits; 3, then unsharded on 1: the same curve."""
-    lives = [("whole", 2, "full", None), ("cut", 2, "full", 3), ("cut", 2, "full", None)]
+    lives = [("whole", 2, "full", None, "--save-every=3"), ("cut", 2, "full", None)]
     chain = [("chain", 3, "full", 3), ("chain", 1, "optimizer", None)]
     run(tmp_path, stage, [*lives, *(chain if stage == "base" else [])])
     straight, again = (tmp_path / name / checkpoint.FOLDERS[stage] / "k" / "step_000006" for name in ("whole", "cut"))
     for part in ("model.safetensors", "optim.safetensors"):
         assert (straight / part).read_bytes() == (again / part).read_bytes()
+    rows = record.read(tmp_path / "cut" / checkpoint.FOLDERS[stage] / "k" / "record.jsonl")
+    assert [row["resume_step"] for row in rows if row["kind"] == "start"][-1] == 3
     one = curve(tmp_path, "one", stage)
     for name in ("whole", "cut", "chain") if stage == "base" else ("whole", "cut"):
         alike(one, curve(tmp_path, name, stage), norms=1e-2)  # gradients of low rank: the polar step amplifies rounding
