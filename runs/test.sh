@@ -9,7 +9,7 @@ fi
 ruff check --quiet .
 ruff format --check --quiet .
 status=0
-python -m pytest -n 2 "$@" || status=$?
+python -m pytest -n 2 --dist=worksteal "$@" || status=$? # a file's tests stay together, and with them what they share
 [ "$status" = 1 ] || exit "$status"
 # Tests of real processes can fail on a machine that is starved. A fault fails alone too; what does not is named.
 echo "Once more, alone:"
