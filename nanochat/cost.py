@@ -73,8 +73,8 @@ FASTEST = {"cuda": "compiled", "cpu": "by hand", "mps": "plain"}  # what train.f
 STATS = 4  # bytes: norms' and attention's statistics, one a token, or a token and head, are fp32
 # glibc can't reuse the hole of an aligned temporary for another of its size, and training keeps freed pages: on a CPU
 # the blocks' holes are this share of the activations (measured; dev/bench/2026-11-28_memory.json has shapes that it was
-# not chosen by), in 16 bits of fp32 ones. Since C makes the small operations by hand, fp32 needs less: plans are up to 9 %
-# above the peak.
+# not chosen by), in 16 bits of fp32 ones. Since C makes the small operations by hand fp32 needs less:
+# plans are up to 9 % above the peak.
 HOLES = {"plain": 0.67, "by hand": 0.35}
 
 
