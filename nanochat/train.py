@@ -326,7 +326,8 @@ def fastest(model: torch.nn.Module, runtime: Runtime, wanted: bool = True) -> tu
     if runtime.device.type == "cpu" and shard.sharded(model):
         return model, "plain: blocks by hand don't gather shards"
     if runtime.device.type == "cpu" and cpu_train.library(runtime.dtype) is None:
-        return model, "plain: blocks by hand need a C compiler" if runtime.dtype in cpu_train.BITS else "plain: fp16"
+        lacking = "need a C compiler" if runtime.dtype in cpu_train.BITS else "don't compute in fp16"
+        return model, f"plain: blocks by hand {lacking}"
     if runtime.device.type == "cpu":
         return model.by_hand(), "blocks by hand, with their own attention, in our C between torch's matrix products"
     if runtime.device.type == "mps":

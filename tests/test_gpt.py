@@ -363,6 +363,7 @@ def head(dtype, rows=37, width=16, vocab=50, padded=64):
 def test_loss_in_chunks_equals_the_plain_one_pitfall_18(in_c, dtype, reduction, chunk, monkeypatch):
     if not in_c:  # as on a GPU, and on a CPU without a compiler
         monkeypatch.setattr(loss.cpu_train, "library", lambda dtype: None)
+    assert loss._in_c(dtype, torch.device("cpu")) is in_c
     arguments = head(dtype)
     hidden, weight, targets = arguments[:3]
     upstream = torch.randn(37 if reduction == "none" else (), generator=torch.Generator().manual_seed(1))
@@ -381,6 +382,22 @@ def test_loss_in_chunks_equals_the_plain_one_pitfall_18(in_c, dtype, reduction, 
     with torch.no_grad():
         again = loss.linear_cross_entropy(*arguments, reduction=reduction, chunk=chunk)
     torch.testing.assert_close(again, results[0][0], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("wrong", [50, 63, 10**6])
+def test_a_target_beyond_the_vocabulary_is_refused_and_nothing_is_written_beside(wrong):
+    hidden, weight, targets, vocab, cap = head(torch.float32)
+    targets[3] = wrong
+    with pytest.raises(IndexError):
+        loss.linear_cross_entropy(hidden, weight, targets, vocab, cap)
+
+
+def test_targets_need_not_lie_in_one_piece():
+    hidden, weight, targets, vocab, cap = head(torch.float32)
+    apart = torch.stack([targets, targets.flip(0)], dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    whole = loss.linear_cross_entropy(hidden, weight, targets, vocab, cap)
+    assert torch.equal(loss.linear_cross_entropy(hidden, weight, apart, vocab, cap), whole)
 
 
 def test_plain_loss_is_torch_cross_entropy_of_the_capped_logits():

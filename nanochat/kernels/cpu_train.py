@@ -83,7 +83,10 @@ class Passes:
 
 def score(logits: torch.Tensor, targets: torch.Tensor, vocab: int, cap: float, gradient: bool = True) -> torch.Tensor:
     """logits (n, Vpadded) before the cap, targets (n,) int64, -1 = ignored -> losses (n,) in the dtype of sums, those
-    of ignored rows 0. With `gradient` that by the logits takes their place; both tensors in one piece."""
+    of ignored rows 0. With `gradient` that by the logits takes their place. IndexError: a target beyond vocab."""
+    targets = targets.to(torch.int64).contiguous()
+    if len(targets) and int(targets.max()) >= vocab:  # C would write beside the row
+        raise IndexError(f"target {int(targets.max())} is beyond the vocabulary of {vocab}")
     sums, threads = torch.promote_types(logits.dtype, torch.float32), torch.get_num_threads()
     losses, desks = torch.empty(len(logits), dtype=sums), torch.empty(threads, 2 * vocab, dtype=sums)
     job = Score(
